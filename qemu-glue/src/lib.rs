@@ -1,0 +1,1 @@
+//! The rqcow2 block driver.

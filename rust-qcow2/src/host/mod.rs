@@ -1,0 +1,226 @@
+//! What the surroundings provide.
+//!
+//! The crate is sequential code over these traits. Under QEMU every call that
+//! does I/O, takes a lock or waits may switch the coroutine away and resume it
+//! in another thread; in tools and tests it blocks the thread. So no guard of
+//! a `parking_lot` or `std` lock, no `RefCell` borrow and nothing
+//! thread-local may be held across any call into these traits. The one lock
+//! that may be held across I/O is [`Host::RawMutex`].
+
+pub mod local;
+pub mod memory;
+
+use std::ops::DerefMut;
+
+use crate::error::Result;
+use lock_api::MutexGuard;
+
+/// The guest memory of one request on the files of `H`.
+pub type GuestBuf<'a, H> = <<H as Host>::File as File>::Buf<'a>;
+
+/// The surroundings of one image.
+pub trait Host: Send + Sync + Sized + 'static {
+    /// A lock that suspends the caller (coroutine or thread) and may be held
+    /// across I/O.
+    type RawMutex: lock_api::RawMutex + Send + Sync;
+    /// A queue of callers that wait for each other under that lock.
+    type WaitQueue: WaitQueue<Self::RawMutex>;
+    /// A handle on an open file. It is fetched anew for each request, so that
+    /// the surroundings may exchange the file between requests.
+    type File: File;
+    /// Memory that is aligned well enough for direct I/O.
+    type Aligned: DerefMut<Target = [u8]> + Send + Sync;
+
+    /// The image file itself.
+    fn file(&self) -> Self::File;
+
+    /// The backing file, where there is one.
+    fn backing(&self) -> Option<Self::File>;
+
+    /// Zeroed memory for a bounce buffer or a metadata table.
+    ///
+    /// # Errors
+    /// `ENOMEM` where there is not enough.
+    fn aligned(&self, len: usize) -> Result<Self::Aligned>;
+
+    /// Runs all tasks, up to `workers` of them at a time, and returns when the
+    /// last one has ended. Once a task has failed no further one is started.
+    ///
+    /// # Errors
+    /// That of the task that failed first.
+    fn parallel(&self, workers: usize, tasks: Vec<Task<'_>>) -> Result<()>;
+
+    /// Tells the user that the image is corrupt (event, log). Called after the
+    /// corrupt bit was written where that is possible.
+    fn report_corruption(&self, event: &Corruption);
+}
+
+/// One of the tasks of [`Host::parallel`].
+pub type Task<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
+
+/// What [`Host::report_corruption`] has to tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Corruption {
+    /// Whether the image cannot be used any further.
+    pub fatal: bool,
+    /// Whether this is the first fatal event of this image; further ones are
+    /// not reported.
+    pub offset: Option<u64>,
+    /// Size of the access that met the corruption.
+    pub size: Option<u64>,
+    /// What was found, without a leading "Marking image as corrupt: ".
+    pub message: String,
+}
+
+/// Callers that wait for an event, under a lock that they give up meanwhile.
+pub trait WaitQueue<R: lock_api::RawMutex>: Default + Send + Sync {
+    /// Releases the lock of `guard`, waits for [`WaitQueue::wake_all`], and
+    /// takes the lock again. May return spuriously.
+    fn wait<T>(&self, guard: &mut MutexGuard<'_, R, T>);
+
+    /// Wakes all that wait. Called with the lock held.
+    fn wake_all(&self);
+}
+
+/// Guest memory, scattered as the guest likes it.
+///
+/// A copy of the handle denotes the same memory. Two tasks of one request use
+/// parts that do not overlap.
+pub trait Buf: Copy + Send + Sync {
+    /// Fills `len` bytes from `at` with zeroes.
+    fn zero(&self, at: usize, len: usize);
+    /// Copies `data` into the memory from `at` on.
+    fn put(&self, at: usize, data: &[u8]);
+    /// Copies memory from `at` on into `data`.
+    fn get(&self, at: usize, data: &mut [u8]);
+}
+
+/// A piece of a gathered write: see [`File::write_parts`].
+#[derive(Clone, Copy)]
+pub enum Part<'a, B> {
+    /// Driver memory.
+    Bytes(&'a [u8]),
+    /// `len` bytes of guest memory from `at`.
+    Guest {
+        /// The memory.
+        buf: B,
+        /// First byte in it.
+        at: usize,
+        /// Number of bytes.
+        len: usize,
+    },
+}
+
+/// What a range of a file holds below, as far as is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Reads as zeroes.
+    Zero,
+    /// Anything.
+    Data,
+}
+
+/// How a file that grows is prepared. QEMU's `PreallocMode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// No preallocation.
+    #[default]
+    Off,
+    /// Tables only.
+    Metadata,
+    /// Reserve space without writing to it.
+    Falloc,
+    /// Write zeroes to all of it.
+    Full,
+}
+
+/// Flags of [`File::write_zeroes`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// The range may be deallocated.
+    pub may_unmap: bool,
+    /// Fail with `ENOTSUP` rather than write zeroes the slow way.
+    pub no_fallback: bool,
+}
+
+/// An open file (or any other node) below an image.
+pub trait File: Clone + Send + Sync {
+    /// The guest memory of one request.
+    type Buf<'a>: Buf;
+
+    /// Reads exactly `buf.len()` bytes at `offset`. What lies beyond the end
+    /// of the file reads as zeroes.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Writes all of `buf` at `offset`; the file grows where needed.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn write(&self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Reads `len` bytes at `offset` into guest memory from `at` on. What lies
+    /// beyond the end of the file reads as zeroes.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn read_guest(&self, offset: u64, buf: Self::Buf<'_>, at: usize, len: usize) -> Result<()>;
+
+    /// Writes `len` bytes of guest memory from `at` on to `offset`.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn write_guest(&self, offset: u64, buf: Self::Buf<'_>, at: usize, len: usize) -> Result<()>;
+
+    /// Writes the parts one behind the other from `offset` on, as one request.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn write_parts(&self, offset: u64, parts: &[Part<'_, Self::Buf<'_>>]) -> Result<()>;
+
+    /// Makes a range read as zeroes.
+    ///
+    /// # Errors
+    /// `ENOTSUP` where `flags.no_fallback` is set and there is no fast way.
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()>;
+
+    /// Whether [`File::write_zeroes`] with `no_fallback` may succeed.
+    fn zeroes_fast(&self) -> bool;
+
+    /// Gives a range back. Its content is undefined afterwards.
+    ///
+    /// # Errors
+    /// That of the file; callers treat them as advice.
+    fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn flush(&self) -> Result<()>;
+
+    /// The length of the file in bytes, rounded as the surroundings count it.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn length(&self) -> Result<u64>;
+
+    /// How much of the file is allocated on its storage, in bytes, if known.
+    fn allocated(&self) -> Option<u64>;
+
+    /// Sets the length. Without `exact` a longer file (a block device) is fine.
+    ///
+    /// # Errors
+    /// That of the file, with its sentence.
+    fn truncate(&self, len: u64, exact: bool, preallocation: Preallocation) -> Result<()>;
+
+    /// What `len` bytes at `offset` hold, seen through all that is below, as
+    /// far as it can be told quickly. Beyond the end of the file: zeroes. The
+    /// returned length is at least 1 and at most `len`, for `len` > 0.
+    ///
+    /// # Errors
+    /// That of the file.
+    fn content(&self, offset: u64, len: u64) -> Result<(Content, u64)>;
+}

@@ -1,0 +1,193 @@
+//! One image file: what a block driver does with it.
+//!
+//! An [`Image`] is shared by all requests in flight. What changes sits behind
+//! three kinds of protection:
+//!
+//! - the metadata lock ([`Image::state`]): allocator, refcounts, dirty tables.
+//!   It is the host's lock and is held across metadata I/O, never across the
+//!   I/O of guest data;
+//! - short locks inside of the L1 table and the cache of L2 slices, which are
+//!   never held across a call into the host. A read whose slice is in the
+//!   cache takes only these;
+//! - atomics, for entries of tables and for counters.
+//!
+//! Room by room: [`open`](Image::open) reads the header and tables, `map`
+//! finds clusters, `read`, `write`, `zero` serve the guest, `alloc` and
+//! `refcounts` own the space of the file, `writeback` owns the order of
+//! metadata writes, `check` verifies and repairs.
+
+mod alloc;
+pub mod check;
+pub mod create;
+mod header_update;
+mod inflight;
+mod map;
+pub mod measure;
+mod open;
+mod options;
+mod overlap;
+mod read;
+mod refcounts;
+mod resize;
+mod status;
+mod write;
+mod writeback;
+mod zero;
+
+use lock_api::{Mutex, MutexGuard};
+use parking_lot::RwLock;
+
+pub use options::{CacheSizes, OpenFlags, OptionRequest, Options};
+pub use status::{BlockStatus, StatusKind};
+
+use crate::cache::l2::L2Cache;
+use crate::error::{Error, Result};
+use crate::format::extension::Extensions;
+use crate::format::geometry::Geometry;
+use crate::format::header::{CompressionType, Header};
+use crate::host::Host;
+
+use inflight::InFlight;
+use map::L1Table;
+use write::PendingAllocations;
+
+/// An open image.
+pub struct Image<H: Host> {
+    host: H,
+    geometry: Geometry,
+    /// The L1 table in use.
+    l1: L1Table,
+    /// Slices of L2 tables.
+    l2: L2Cache,
+    /// Requests that use host offsets they have looked up.
+    inflight: InFlight,
+    /// What a person may ask for at any time; no lock is held across I/O.
+    shared: RwLock<Shared>,
+    /// The metadata lock.
+    state: Mutex<H::RawMutex, State<H>>,
+}
+
+/// What is read without the metadata lock and changes rarely.
+struct Shared {
+    header: Header,
+    extensions: Extensions,
+    backing_file: Option<String>,
+    flags: OpenFlags,
+    options: Options,
+    /// A fatal corruption was met: nothing may be done with the image.
+    broken: bool,
+    /// A corruption was reported to the user already.
+    corruption_signaled: bool,
+}
+
+/// What the metadata lock protects.
+struct State<H: Host> {
+    refcounts: refcounts::Refcounts,
+    order: writeback::Order,
+    allocations: PendingAllocations<H>,
+    overlap: overlap::MetadataMap,
+}
+
+/// The locked [`State`].
+type StateGuard<'a, H> = MutexGuard<'a, <H as Host>::RawMutex, State<H>>;
+
+/// What `qemu-img info` and QMP tell about an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Size of the guest's disk in bytes.
+    pub size: u64,
+    /// Version of the format, 2 or 3 (`compat` 0.10 and 1.1).
+    pub version: u32,
+    /// Bytes of a cluster.
+    pub cluster_size: u64,
+    /// Width of the refcounts in bits.
+    pub refcount_bits: u32,
+    /// The lazy refcounts bit of the header.
+    pub lazy_refcounts: bool,
+    /// The corrupt bit.
+    pub corrupt: bool,
+    /// The dirty bit.
+    pub dirty: bool,
+    /// How compressed clusters are compressed.
+    pub compression: CompressionType,
+    /// Whether L2 entries know subclusters.
+    pub extended_l2: bool,
+    /// Name of the backing file as recorded.
+    pub backing_file: Option<String>,
+    /// Format of the backing file as recorded.
+    pub backing_format: Option<String>,
+    /// Where the area behind the guest's disk begins.
+    pub vm_state_offset: u64,
+}
+
+impl<H: Host> Image<H> {
+    /// What the header says now.
+    pub fn info(&self) -> ImageInfo {
+        use crate::format::header::{Compatible, Incompatible};
+        let shared = self.shared.read();
+        let header = &shared.header;
+        ImageInfo {
+            size: header.size,
+            version: header.version,
+            cluster_size: self.geometry.cluster_size(),
+            refcount_bits: self.geometry.refcount_order.bits(),
+            lazy_refcounts: header.compatible.contains(Compatible::LAZY_REFCOUNTS),
+            corrupt: header.incompatible.contains(Incompatible::CORRUPT),
+            dirty: header.incompatible.contains(Incompatible::DIRTY),
+            compression: header.compression_type().unwrap_or_default(),
+            extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),
+            backing_file: shared.backing_file.clone(),
+            backing_format: shared.extensions.backing_format.clone(),
+            vm_state_offset: u64::from(header.l1_size) << self.geometry.l2_span_bits(),
+        }
+    }
+
+    /// The surroundings that were passed to [`Image::open`].
+    pub fn host(&self) -> &H {
+        &self.host
+    }
+
+    /// Sizes that never change while the image is open.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Size of the guest's disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.read().header.size
+    }
+
+    /// The options in force.
+    pub fn options(&self) -> Options {
+        self.shared.read().options
+    }
+
+    /// What options would be in force with `request` and `flags`, for a reopen.
+    /// Changes nothing.
+    ///
+    /// # Errors
+    /// As on open.
+    pub fn resolve_options(&self, flags: OpenFlags, request: &OptionRequest) -> Result<Options> {
+        Options::resolve(&self.shared.read().header, flags, request)
+    }
+
+    /// Puts options and flags in force; no request is in flight. Cached tables
+    /// that are dirty have been written before ([`Image::flush`]).
+    pub fn apply_options(&self, flags: OpenFlags, options: Options) {
+        {
+            let mut shared = self.shared.write();
+            shared.flags = flags;
+            shared.options = options;
+        }
+        self.l2.resize(options.caches.l2_slices, options.caches.l2_slice_size);
+    }
+
+    /// Fails with `EIO` once the image is known to be unusable.
+    fn ensure_usable(&self) -> Result<()> {
+        if self.shared.read().broken { Err(Error::errno(libc::EIO)) } else { Ok(()) }
+    }
+
+    fn lock(&self) -> StateGuard<'_, H> {
+        self.state.lock()
+    }
+}
