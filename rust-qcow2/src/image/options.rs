@@ -3,16 +3,18 @@
 use super::overlap::template;
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
-use crate::format::geometry::Geometry;
+use crate::format::geometry::{Geometry, MIN_CLUSTER_BITS};
 use crate::format::header::{Compatible, Header};
-use crate::units::div_up;
+use crate::units::{div_up, round_up};
 
 /// Largest L2 cache without a word from the user, in bytes.
 pub const DEFAULT_L2_CACHE_MAX: u64 = 32 << 20;
 /// Seconds between two cleanings of the caches, without a word from the user.
 pub const DEFAULT_CLEAN_INTERVAL: u64 = 600;
-/// Least number of L2 tables in the cache.
-const MIN_L2_TABLES: u64 = 2;
+/// Bytes of an L2 slice where the cache does not cover the disk.
+const SMALL_SLICE: u64 = 4096;
+/// Least number of L2 slices in the cache.
+const MIN_L2_SLICES: u64 = 2;
 /// Least number of refcount blocks in the cache.
 const MIN_REFCOUNT_BLOCKS: u64 = 4;
 
@@ -105,7 +107,9 @@ impl Options {
     pub fn resolve(header: &Header, flags: OpenFlags, request: &OptionRequest) -> Result<Self> {
         let geometry = Geometry::of(header);
         let caches = CacheSizes::resolve(&geometry, header.size, request)?;
-        let clean_interval = request.cache_clean_interval.unwrap_or(DEFAULT_CLEAN_INTERVAL);
+        let clean_interval = request
+            .cache_clean_interval
+            .unwrap_or(DEFAULT_CLEAN_INTERVAL);
         if clean_interval > u64::from(u32::MAX) {
             return Err(Error::invalid("Cache clean interval too big"));
         }
@@ -166,65 +170,187 @@ impl CacheSizes {
     /// a given total is shared between the two.
     fn resolve(geometry: &Geometry, disk: u64, request: &OptionRequest) -> Result<Self> {
         let cluster = geometry.cluster_size();
-        let entry = request.l2_cache_entry_size.unwrap_or(cluster);
-        let min_refcount = MIN_REFCOUNT_BLOCKS * cluster;
         // As many L2 tables as the disk can have, in whole clusters.
-        let entry_bytes = 1 << geometry.l2_entry_bits;
-        let max_l2 = div_up(div_up(disk, cluster) * entry_bytes, cluster) * cluster;
-        let set = (request.cache_size, request.l2_cache_size, request.refcount_cache_size);
-        let (l2, refcount) = match set {
-            (Some(_), Some(_), Some(_)) => {
-                return Err(Error::invalid(
-                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the \
-                     same time",
-                ));
-            }
-            (Some(total), Some(l2), None) => {
-                if l2 > total {
-                    return Err(Error::invalid("l2-cache-size may not exceed cache-size"));
-                }
-                (l2.min(max_l2), total - l2)
-            }
-            (Some(total), None, Some(refcount)) => {
-                if refcount > total {
-                    return Err(Error::invalid("refcount-cache-size may not exceed cache-size"));
-                }
-                ((total - refcount).min(max_l2), refcount)
-            }
-            (Some(total), None, None) => {
-                let l2 = if max_l2 < total { max_l2.max(total.saturating_sub(min_refcount).min(max_l2)) }
-                    else { total - total.min(min_refcount) };
-                (l2.min(max_l2), total - l2.min(total))
-            }
-            (None, l2, refcount) => {
-                (l2.unwrap_or(DEFAULT_L2_CACHE_MAX).min(max_l2), refcount.unwrap_or(min_refcount))
-            }
-        };
-        // Where the cache cannot hold all tables, small slices waste less.
-        let covered = l2 == max_l2;
+        let entries = div_up(disk, cluster);
+        let max_l2 = round_up(entries << geometry.l2_entry_bits, geometry.cluster_bits);
+        let (l2, refcount) = Self::share(max_l2, MIN_REFCOUNT_BLOCKS * cluster, request)?;
+
+        // Where the cache cannot hold all tables, small slices cost less to
+        // load and to evict.
         let slice = match request.l2_cache_entry_size {
-            Some(_) => entry,
-            None if covered => cluster,
-            None => cluster.min(4096),
+            Some(size) => size,
+            None if l2 < max_l2 => cluster.min(SMALL_SLICE),
+            None => cluster,
         };
-        if slice < 512 || slice > cluster || !slice.is_power_of_two() {
+        let smallest = 1 << MIN_CLUSTER_BITS;
+        if !(smallest..=cluster).contains(&slice) || !slice.is_power_of_two() {
             return Err(Error::invalid(format!(
-                "L2 cache entry size must be a power of two between 512 and the cluster size \
-                 ({cluster})"
+                "L2 cache entry size must be a power of two between {smallest} and the cluster \
+                 size ({cluster})"
             )));
         }
-        let slices = (l2 / slice).max(MIN_L2_TABLES);
-        let blocks = (refcount / cluster).max(MIN_REFCOUNT_BLOCKS);
-        if slices > i32::MAX as u64 {
+        let l2_slices = (l2 / slice).max(MIN_L2_SLICES);
+        if l2_slices > i32::MAX as u64 {
             return Err(Error::invalid("L2 cache size too big"));
         }
-        if blocks > i32::MAX as u64 {
+        let refcount_blocks = (refcount / cluster).max(MIN_REFCOUNT_BLOCKS);
+        if refcount_blocks > i32::MAX as u64 {
             return Err(Error::invalid("Refcount cache size too big"));
         }
         Ok(Self {
-            l2_slices: slices as usize,
+            // More than the disk can have would never be filled.
+            l2_slices: l2_slices.min((max_l2 / slice).max(MIN_L2_SLICES)) as usize,
             l2_slice_size: slice as usize,
-            refcount_blocks: blocks as usize,
+            refcount_blocks: refcount_blocks as usize,
         })
+    }
+
+    /// The bytes of the L2 cache and of the refcount cache, before their
+    /// minima are applied.
+    fn share(max_l2: u64, min_refcount: u64, request: &OptionRequest) -> Result<(u64, u64)> {
+        let OptionRequest {
+            cache_size,
+            l2_cache_size,
+            refcount_cache_size,
+            ..
+        } = *request;
+        let l2_setting = l2_cache_size.unwrap_or(DEFAULT_L2_CACHE_MAX);
+        let l2 = l2_setting.min(max_l2);
+        let refcount = refcount_cache_size.unwrap_or(0);
+        let Some(total) = cache_size else {
+            return Ok((l2, refcount));
+        };
+        if l2_cache_size.is_some() && refcount_cache_size.is_some() {
+            return Err(Error::invalid(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+            ));
+        }
+        if l2_cache_size.is_some() && l2_setting > total {
+            return Err(Error::invalid("l2-cache-size may not exceed cache-size"));
+        }
+        if refcount > total {
+            return Err(Error::invalid(
+                "refcount-cache-size may not exceed cache-size",
+            ));
+        }
+        Ok(if l2_cache_size.is_some() {
+            (l2, total - l2)
+        } else if refcount_cache_size.is_some() {
+            (total - refcount, refcount)
+        } else if total >= max_l2.saturating_add(min_refcount) {
+            (max_l2, total - max_l2)
+        } else {
+            let refcount = total.min(min_refcount);
+            (total - refcount, refcount)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::refcount::RefcountOrder;
+
+    const KIB: u64 = 1 << 10;
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    fn sizes(disk: u64, request: &OptionRequest) -> Result<(usize, usize, usize)> {
+        let geometry = Geometry::new(16, 3, RefcountOrder::BITS_16, 3);
+        CacheSizes::resolve(&geometry, disk, request)
+            .map(|c| (c.l2_slices, c.l2_slice_size, c.refcount_blocks))
+    }
+
+    fn refusal(request: &OptionRequest) -> String {
+        sizes(8 * GIB, request).unwrap_err().to_string()
+    }
+
+    /// 64 KiB clusters need 128 KiB of L2 tables for each GiB.
+    #[test]
+    fn the_l2_cache_covers_the_disk_up_to_its_limit() {
+        let none = OptionRequest::default();
+        assert_eq!(sizes(8 * GIB, &none).unwrap(), (16, 65536, 4));
+        assert_eq!(sizes(256 * GIB, &none).unwrap(), (512, 65536, 4));
+        assert_eq!(sizes(257 * GIB, &none).unwrap(), (8192, 4096, 4));
+        assert_eq!(sizes(0, &none).unwrap(), (2, 65536, 4));
+    }
+
+    #[test]
+    fn a_given_size_is_honoured() {
+        let request = OptionRequest {
+            l2_cache_size: Some(512 * KIB),
+            ..Default::default()
+        };
+        assert_eq!(sizes(8 * GIB, &request).unwrap(), (128, 4096, 4));
+        let request = OptionRequest {
+            l2_cache_size: Some(512 * KIB),
+            l2_cache_entry_size: Some(16 * KIB),
+            refcount_cache_size: Some(MIB),
+            ..Default::default()
+        };
+        assert_eq!(sizes(8 * GIB, &request).unwrap(), (32, 16384, 16));
+    }
+
+    #[test]
+    fn a_total_is_shared() {
+        let total = |cache_size, l2_cache_size, refcount_cache_size| {
+            let request = OptionRequest {
+                cache_size: Some(cache_size),
+                l2_cache_size,
+                refcount_cache_size,
+                ..Default::default()
+            };
+            sizes(8 * GIB, &request).unwrap()
+        };
+        // Enough for all: the rest goes to the refcount cache.
+        assert_eq!(total(2 * MIB, None, None), (16, 65536, 16));
+        // Not enough: the refcount cache gets its least.
+        assert_eq!(total(MIB, None, None), (192, 4096, 4));
+        assert_eq!(total(100 * KIB, None, None), (2, 4096, 4));
+        assert_eq!(total(MIB, Some(512 * KIB), None), (128, 4096, 8));
+        assert_eq!(total(MIB, None, Some(512 * KIB)), (128, 4096, 8));
+        assert_eq!(total(64 * MIB, None, Some(MIB)), (16, 65536, 16));
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let request = OptionRequest {
+            cache_size: Some(MIB),
+            l2_cache_size: Some(1),
+            refcount_cache_size: Some(1),
+            ..Default::default()
+        };
+        assert!(refusal(&request).ends_with("may not be set at the same time"));
+        let request = OptionRequest {
+            cache_size: Some(MIB),
+            l2_cache_size: Some(2 * MIB),
+            ..Default::default()
+        };
+        assert_eq!(refusal(&request), "l2-cache-size may not exceed cache-size");
+        let request = OptionRequest {
+            cache_size: Some(MIB),
+            refcount_cache_size: Some(2 * MIB),
+            ..Default::default()
+        };
+        assert_eq!(
+            refusal(&request),
+            "refcount-cache-size may not exceed cache-size"
+        );
+        for size in [0, 256, 5000, 128 * KIB] {
+            let request = OptionRequest {
+                l2_cache_entry_size: Some(size),
+                ..Default::default()
+            };
+            assert_eq!(
+                refusal(&request),
+                "L2 cache entry size must be a power of two between 512 and the cluster size \
+                 (65536)"
+            );
+        }
+        let request = OptionRequest {
+            refcount_cache_size: Some(1 << 50),
+            ..Default::default()
+        };
+        assert_eq!(refusal(&request), "Refcount cache size too big");
     }
 }
