@@ -1,0 +1,54 @@
+# The front door. Every target is one script or one cargo call that also works
+# alone; each script says in its head what it does and which environment
+# variables it knows. Parallelism: RQCOW2_JOBS, default all CPUs.
+
+.PHONY: help deps build stock plain demo check iotests bench soak study clean
+
+help:
+	@echo 'make demo     from nothing to a guest on a chain of 300 layers, and what it costs'
+	@echo 'make check    every test: format, lints, unit, differential, iotests'
+	@echo 'make iotests  the iotests only'
+	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
+	@echo 'make study    the measurements of the study'
+	@echo 'make soak     random work on random chains, for hours'
+	@echo
+	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
+	@echo 'make build    the patched programs, in build/bin'
+	@echo 'make stock    the unpatched programs, same configuration, in build/stock/bin'
+	@echo 'make plain    the patched tree with the driver left out, in build/plain/bin'
+	@echo 'make clean    removes build/ and target/; the cache stays'
+	@echo
+	@echo 'Sources and object files: $${RQCOW2_CACHE:-~/.cache/rqcow2}'
+
+deps:
+	ci/deps
+
+build: deps
+	ci/build
+
+stock: deps
+	ci/build stock
+
+plain: deps
+	ci/build plain
+
+demo:
+	ci/demo
+
+check:
+	ci/check
+
+iotests:
+	ci/iotests
+
+bench:
+	bench/run
+
+soak:
+	ci/soak
+
+study:
+	bench/study
+
+clean:
+	rm -rf build target
