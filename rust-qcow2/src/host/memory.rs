@@ -1,1 +1,197 @@
-//! x
+//! Files in memory, for tests: every write and flush is on record, and any of
+//! them can be made to fail.
+
+use std::sync::Arc;
+
+use super::local::{SharedBuf, ThreadQueue, gather};
+use super::{Content, Corruption, Host, Part, Preallocation, Task, ZeroFlags};
+use crate::error::{Error, Result};
+use parking_lot::{Mutex, RawMutex};
+
+/// What was done to a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Bytes at an offset.
+    Write(u64, Vec<u8>),
+    /// A flush.
+    Flush,
+    /// A new length.
+    Truncate(u64),
+}
+
+#[derive(Default)]
+struct Inner {
+    bytes: Vec<u8>,
+    events: Vec<Event>,
+    /// Fail the write or flush after this many more.
+    fail_in: Option<usize>,
+}
+
+/// A file in memory.
+#[derive(Clone, Default)]
+pub struct MemoryFile(Arc<Mutex<Inner>>);
+
+impl MemoryFile {
+    /// A file with content.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Mutex::new(Inner { bytes, ..Inner::default() })))
+    }
+
+    /// The content.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        self.0.lock().bytes.clone()
+    }
+
+    /// What was done since the last call.
+    #[must_use]
+    pub fn take_events(&self) -> Vec<Event> {
+        std::mem::take(&mut self.0.lock().events)
+    }
+
+    /// Makes every write and flush after the next `count` fail with `EIO`;
+    /// `None` ends that.
+    pub fn fail_after(&self, count: Option<usize>) {
+        self.0.lock().fail_in = count;
+    }
+}
+
+impl Inner {
+    fn step(&mut self, event: Event) -> Result<()> {
+        match &mut self.fail_in {
+            Some(0) => return Err(Error::errno(libc::EIO)),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        match &event {
+            Event::Write(offset, bytes) => {
+                let offset = *offset as usize;
+                let end = offset + bytes.len();
+                if self.bytes.len() < end {
+                    self.bytes.resize(end, 0);
+                }
+                self.bytes[offset..end].copy_from_slice(bytes);
+            }
+            Event::Truncate(len) => self.bytes.resize(*len as usize, 0),
+            Event::Flush => {}
+        }
+        self.events.push(event);
+        Ok(())
+    }
+}
+
+impl super::File for MemoryFile {
+    type Buf<'a> = SharedBuf<'a>;
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let inner = self.0.lock();
+        let start = (offset.min(inner.bytes.len() as u64)) as usize;
+        let len = buf.len().min(inner.bytes.len() - start);
+        buf[..len].copy_from_slice(&inner.bytes[start..start + len]);
+        buf[len..].fill(0);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.0.lock().step(Event::Write(offset, buf.to_vec()))
+    }
+
+    fn read_guest(&self, offset: u64, buf: SharedBuf<'_>, at: usize, len: usize) -> Result<()> {
+        let mut bytes = vec![0; len];
+        self.read(offset, &mut bytes)?;
+        super::Buf::put(&buf, at, &bytes);
+        Ok(())
+    }
+
+    fn write_guest(&self, offset: u64, buf: SharedBuf<'_>, at: usize, len: usize) -> Result<()> {
+        self.write_parts(offset, &[Part::Guest { buf, at, len }])
+    }
+
+    fn write_parts(&self, offset: u64, parts: &[Part<'_, SharedBuf<'_>>]) -> Result<()> {
+        self.write(offset, &gather(parts))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+        if flags.no_fallback {
+            return Err(Error::errno(libc::ENOTSUP));
+        }
+        self.write(offset, &vec![0; len as usize])
+    }
+
+    fn zeroes_fast(&self) -> bool {
+        false
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.lock().step(Event::Flush)
+    }
+
+    fn length(&self) -> Result<u64> {
+        Ok(self.0.lock().bytes.len() as u64)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        None
+    }
+
+    fn truncate(&self, len: u64, _exact: bool, _how: Preallocation, _zero: bool) -> Result<()> {
+        self.0.lock().step(Event::Truncate(len))
+    }
+
+    fn content(&self, offset: u64, len: u64, _precise: bool) -> Result<(Content, u64)> {
+        let inner = self.0.lock();
+        let start = (offset as usize).min(inner.bytes.len());
+        let end = (offset.saturating_add(len) as usize).min(inner.bytes.len());
+        let zero = inner.bytes[start..end].iter().all(|byte| *byte == 0);
+        Ok((if zero { Content::Zero } else { Content::Data }, len))
+    }
+}
+
+/// One image in memory, with a raw file below. Tasks run in threads.
+#[derive(Default)]
+pub struct MemoryHost {
+    /// The image.
+    pub file: MemoryFile,
+    /// What is below.
+    pub backing: Option<MemoryFile>,
+    /// What was reported.
+    pub reports: Arc<Mutex<Vec<Corruption>>>,
+}
+
+impl Host for MemoryHost {
+    type RawMutex = RawMutex;
+    type WaitQueue = ThreadQueue;
+    type File = MemoryFile;
+    type Aligned = Vec<u8>;
+
+    fn file(&self) -> MemoryFile {
+        self.file.clone()
+    }
+
+    fn backing(&self) -> Option<MemoryFile> {
+        self.backing.clone()
+    }
+
+    fn aligned(&self, len: usize) -> Result<Vec<u8>> {
+        Ok(vec![0; len])
+    }
+
+    fn parallel(&self, _workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = tasks.into_iter().map(|task| scope.spawn(task)).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|_| Err(Error::errno(libc::EIO))))
+                .fold(Ok(()), |first, result| first.and(result))
+        })
+    }
+
+    fn report_corruption(&self, event: &Corruption) {
+        self.reports.lock().push(event.clone());
+    }
+}

@@ -211,16 +211,25 @@ pub trait File: Clone + Send + Sync {
     fn allocated(&self) -> Option<u64>;
 
     /// Sets the length. Without `exact` a longer file (a block device) is fine.
+    /// With `zero` what is added has to read as zeroes.
     ///
     /// # Errors
-    /// That of the file, with its sentence.
-    fn truncate(&self, len: u64, exact: bool, preallocation: Preallocation) -> Result<()>;
+    /// That of the file, with its sentence; `ENOTSUP` where `zero` cannot be
+    /// promised.
+    fn truncate(
+        &self,
+        len: u64,
+        exact: bool,
+        preallocation: Preallocation,
+        zero: bool,
+    ) -> Result<()>;
 
     /// What `len` bytes at `offset` hold, seen through all that is below, as
-    /// far as it can be told quickly. Beyond the end of the file: zeroes. The
+    /// far as it can be told: with `precise` the storage may be asked, without
+    /// only what is in memory counts. Beyond the end of the file: zeroes. The
     /// returned length is at least 1 and at most `len`, for `len` > 0.
     ///
     /// # Errors
     /// That of the file.
-    fn content(&self, offset: u64, len: u64) -> Result<(Content, u64)>;
+    fn content(&self, offset: u64, len: u64, precise: bool) -> Result<(Content, u64)>;
 }

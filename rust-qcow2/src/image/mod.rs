@@ -47,6 +47,11 @@ use crate::format::geometry::Geometry;
 use crate::format::header::{CompressionType, Header};
 use crate::host::Host;
 
+/// How many parts of a request are resolved before they are run.
+const MAX_PIECES: usize = 64;
+/// How many parts of a request run at a time.
+const MAX_WORKERS: usize = 8;
+
 use inflight::InFlight;
 use map::L1Table;
 use write::PendingAllocations;
@@ -59,6 +64,8 @@ pub struct Image<H: Host> {
     l1: L1Table,
     /// Slices of L2 tables.
     l2: L2Cache,
+    /// Where metadata is; made when first needed.
+    overlap: RwLock<Option<overlap::MetadataMap>>,
     /// Requests that use host offsets they have looked up.
     inflight: InFlight,
     /// What a person may ask for at any time; no lock is held across I/O.
@@ -82,10 +89,9 @@ struct Shared {
 
 /// What the metadata lock protects.
 struct State<H: Host> {
-    refcounts: refcounts::Refcounts,
+    refcounts: refcounts::Refcounts<H>,
     order: writeback::Order,
     allocations: PendingAllocations<H>,
-    overlap: overlap::MetadataMap,
 }
 
 /// The locked [`State`].

@@ -1,0 +1,345 @@
+//! Slices of L2 tables.
+//!
+//! A slice is looked up under a short lock and then read without any: its
+//! entries are atomics. Only the holder of the image's metadata lock changes
+//! entries, inserts slices and removes them. A reader that still holds a slice
+//! which was evicted meanwhile sees it as it was at its lookup, which is as if
+//! the lookup had happened before the eviction.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
+
+use crate::format::entry::L2Entry;
+use crate::units::HostOffset;
+
+/// A part of an L2 table, in memory.
+pub struct L2Slice {
+    offset: HostOffset,
+    entries: Box<[AtomicU64]>,
+    dirty: AtomicBool,
+    /// Looked up since the hand of the clock passed.
+    used: AtomicBool,
+    /// Looked up since the last cleaning.
+    recent: AtomicBool,
+}
+
+impl L2Slice {
+    /// A slice from its bytes in the file at `offset`.
+    #[must_use]
+    pub fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
+        let entries = bytes
+            .chunks_exact(8)
+            .map(|word| {
+                let mut be = [0; 8];
+                be.copy_from_slice(word);
+                AtomicU64::new(u64::from_be_bytes(be))
+            })
+            .collect();
+        Self {
+            offset,
+            entries,
+            dirty: AtomicBool::new(false),
+            used: AtomicBool::new(false),
+            recent: AtomicBool::new(true),
+        }
+    }
+
+    /// Where the slice is in the file.
+    #[must_use]
+    pub fn offset(&self) -> HostOffset {
+        self.offset
+    }
+
+    /// Number of entries.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether the slice has no entries (never the case in practice).
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Entry number `index` of the slice.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, index: usize) -> L2Entry {
+        L2Entry(self.entries[index].load(Ordering::Acquire))
+    }
+
+    /// Whether the file does not have the slice as it is here.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Relaxed)
+    }
+
+    /// The slice as it is in the file. `out` has the length of the slice.
+    pub fn to_bytes(&self, out: &mut [u8]) {
+        for (word, entry) in out.chunks_exact_mut(8).zip(&self.entries) {
+            word.copy_from_slice(&entry.load(Ordering::Relaxed).to_be_bytes());
+        }
+    }
+}
+
+/// The slices of one image.
+pub struct L2Cache {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    map: FxHashMap<u64, usize>,
+    slots: Vec<Arc<L2Slice>>,
+    /// Slices that may be dirty, each once.
+    dirty: Vec<Arc<L2Slice>>,
+    hand: usize,
+    capacity: usize,
+    slice_size: usize,
+}
+
+/// What [`L2Cache::make_room`] found.
+pub enum Room {
+    /// One more slice fits.
+    Free,
+    /// This slice has to be written before it can make room.
+    Dirty(Arc<L2Slice>),
+}
+
+impl L2Cache {
+    /// A cache for `capacity` slices of `slice_size` bytes. Memory is taken as
+    /// slices come in.
+    #[must_use]
+    pub fn new(capacity: usize, slice_size: usize) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                map: FxHashMap::default(),
+                slots: Vec::new(),
+                dirty: Vec::new(),
+                hand: 0,
+                capacity: capacity.max(2),
+                slice_size,
+            }),
+        }
+    }
+
+    /// Bytes of a slice.
+    #[must_use]
+    pub fn slice_size(&self) -> usize {
+        self.inner.lock().slice_size
+    }
+
+    /// The slice at `offset`, if it is here.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, offset: HostOffset) -> Option<Arc<L2Slice>> {
+        let inner = self.inner.lock();
+        let slot = *inner.map.get(&offset.0)?;
+        let slice = &inner.slots[slot];
+        if !slice.used.load(Ordering::Relaxed) {
+            slice.used.store(true, Ordering::Relaxed);
+            slice.recent.store(true, Ordering::Relaxed);
+        }
+        Some(Arc::clone(slice))
+    }
+
+    /// Makes room for one more slice, by the clock algorithm. Slices that were
+    /// only ever loaded go before those that were looked up again, so that a
+    /// scan of the disk does not flush out what is in use.
+    #[must_use]
+    pub fn make_room(&self) -> Room {
+        let mut inner = self.inner.lock();
+        while inner.slots.len() >= inner.capacity {
+            let hand = inner.hand % inner.slots.len();
+            inner.hand = hand + 1;
+            let slice = &inner.slots[hand];
+            if slice.used.swap(false, Ordering::Relaxed) {
+                continue;
+            }
+            if slice.is_dirty() {
+                return Room::Dirty(Arc::clone(slice));
+            }
+            inner.remove_slot(hand);
+        }
+        Room::Free
+    }
+
+    /// Adds a slice. One that is already here under that offset is replaced.
+    pub fn insert(&self, slice: L2Slice) -> Arc<L2Slice> {
+        let slice = Arc::new(slice);
+        let mut inner = self.inner.lock();
+        inner.remove(slice.offset);
+        let slot = inner.slots.len();
+        inner.map.insert(slice.offset.0, slot);
+        inner.slots.push(Arc::clone(&slice));
+        slice
+    }
+
+    /// Changes an entry and notes that the slice has to be written.
+    pub fn set(&self, slice: &Arc<L2Slice>, index: usize, entry: L2Entry) {
+        slice.entries[index].store(entry.0, Ordering::Release);
+        self.mark_dirty(slice);
+    }
+
+    /// Notes that the slice has to be written.
+    pub fn mark_dirty(&self, slice: &Arc<L2Slice>) {
+        if !slice.dirty.swap(true, Ordering::Relaxed) {
+            self.inner.lock().dirty.push(Arc::clone(slice));
+        }
+    }
+
+    /// Notes that the slice was written.
+    pub fn mark_clean(&self, slice: &Arc<L2Slice>) {
+        slice.dirty.store(false, Ordering::Relaxed);
+        self.inner.lock().dirty.retain(|other| !Arc::ptr_eq(other, slice));
+    }
+
+    /// The slices that have to be written, by their place in the file.
+    #[must_use]
+    pub fn dirty(&self) -> Vec<Arc<L2Slice>> {
+        let mut list = self.inner.lock().dirty.clone();
+        list.sort_unstable_by_key(|slice| slice.offset);
+        list
+    }
+
+    /// Whether nothing has to be written.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.inner.lock().dirty.is_empty()
+    }
+
+    /// Forgets all slices within `len` bytes from `offset`, dirty or not: their
+    /// table is gone.
+    pub fn discard(&self, offset: HostOffset, len: u64) {
+        let mut inner = self.inner.lock();
+        let step = inner.slice_size as u64;
+        for at in (offset.0..offset.0.saturating_add(len)).step_by(step as usize) {
+            inner.remove(HostOffset(at));
+        }
+    }
+
+    /// Forgets everything, dirty or not.
+    pub fn clear(&self) {
+        let mut inner = self.inner.lock();
+        inner.map.clear();
+        inner.slots.clear();
+        inner.dirty.clear();
+        inner.hand = 0;
+    }
+
+    /// Changes the sizes; a cache whose slices change is emptied, so it has to
+    /// be clean.
+    pub fn resize(&self, capacity: usize, slice_size: usize) {
+        let mut inner = self.inner.lock();
+        debug_assert!(inner.dirty.is_empty());
+        inner.capacity = capacity.max(2);
+        if inner.slice_size != slice_size || inner.slots.len() > inner.capacity {
+            inner.slice_size = slice_size;
+            inner.map.clear();
+            inner.slots.clear();
+            inner.hand = 0;
+        }
+    }
+
+    /// Drops clean slices that were not looked up since the last call.
+    pub fn clean(&self) {
+        let mut inner = self.inner.lock();
+        let mut slot = 0;
+        while slot < inner.slots.len() {
+            let slice = &inner.slots[slot];
+            if slice.recent.swap(false, Ordering::Relaxed) || slice.is_dirty() {
+                slice.used.store(false, Ordering::Relaxed);
+                slot += 1;
+            } else {
+                inner.remove_slot(slot);
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn remove(&mut self, offset: HostOffset) {
+        if let Some(slot) = self.map.get(&offset.0) {
+            let slot = *slot;
+            self.remove_slot(slot);
+        }
+    }
+
+    fn remove_slot(&mut self, slot: usize) {
+        let slice = self.slots.swap_remove(slot);
+        self.map.remove(&slice.offset.0);
+        if slice.is_dirty() {
+            slice.dirty.store(false, Ordering::Relaxed);
+            self.dirty.retain(|other| !Arc::ptr_eq(other, &slice));
+        }
+        if let Some(moved) = self.slots.get(slot) {
+            self.map.insert(moved.offset.0, slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slice(offset: u64) -> L2Slice {
+        L2Slice::from_bytes(HostOffset(offset), &[0; 4096])
+    }
+
+    #[test]
+    fn looked_up_slices_survive_a_scan() {
+        let cache = L2Cache::new(4, 4096);
+        cache.insert(slice(0));
+        for i in 1..100 {
+            assert!(cache.get(HostOffset(0)).is_some());
+            assert!(matches!(cache.make_room(), Room::Free));
+            cache.insert(slice(i * 4096));
+        }
+        assert_eq!(cache.inner.lock().slots.len(), 4);
+    }
+
+    #[test]
+    fn dirty_slices_are_handed_out_for_writing() {
+        let cache = L2Cache::new(2, 4096);
+        for i in 0..2 {
+            let slice = cache.insert(slice(i * 4096));
+            cache.set(&slice, 3, L2Entry::ZERO_PLAIN);
+        }
+        assert_eq!(cache.dirty().len(), 2);
+        let Room::Dirty(victim) = cache.make_room() else { panic!("both are dirty") };
+        let mut bytes = [0; 4096];
+        victim.to_bytes(&mut bytes);
+        assert_eq!(bytes[31], 1);
+        cache.mark_clean(&victim);
+        assert!(matches!(cache.make_room(), Room::Free));
+        assert_eq!(cache.dirty().len(), 1);
+    }
+
+    #[test]
+    fn cleaning_keeps_what_was_used() {
+        let cache = L2Cache::new(8, 4096);
+        cache.insert(slice(0));
+        cache.insert(slice(4096));
+        cache.clean();
+        assert!(cache.get(HostOffset(0)).is_some());
+        cache.clean();
+        assert!(cache.get(HostOffset(4096)).is_none());
+        assert!(cache.get(HostOffset(0)).is_some());
+    }
+
+    #[test]
+    fn discard_forgets_dirty_slices() {
+        let cache = L2Cache::new(8, 4096);
+        for i in 0..4 {
+            let slice = cache.insert(slice(i * 4096));
+            cache.mark_dirty(&slice);
+        }
+        cache.discard(HostOffset(4096), 8192);
+        assert_eq!(cache.dirty().len(), 2);
+        assert!(cache.get(HostOffset(4096)).is_none());
+        assert!(cache.get(HostOffset(3 * 4096)).is_some());
+    }
+}

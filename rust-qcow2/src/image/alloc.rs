@@ -1,0 +1,278 @@
+//! Finding, taking and giving back clusters of the file.
+
+use super::inflight::Freed;
+use super::refcounts::{BlockId, Change, Reason, TABLE_OFFSET_MASK};
+use super::{Image, StateGuard};
+use crate::error::{Error, Result};
+use crate::format::entry::MetadataKind;
+use crate::format::geometry::{MAX_HOST_OFFSET, MAX_REFTABLE_BYTES};
+use crate::host::{File, Host};
+use crate::units::{ClusterIndex, HostOffset, div_up};
+
+impl<H: Host> Image<H> {
+    /// Takes `len` bytes, rounded up to clusters, in one piece.
+    ///
+    /// Returns offset 0 only where the refcounts are damaged; the caller, who
+    /// knows what it is for, reports that.
+    pub(super) fn allocate(&self, st: &mut StateGuard<'_, H>, len: u64) -> Result<HostOffset> {
+        self.ensure_usable()?;
+        self.reclaim(st)?;
+        let count = div_up(len, self.geometry.cluster_size());
+        loop {
+            let first = self.search_free(st, count)?;
+            if self.ensure_blocks(st, first, count)? {
+                // A new block may sit where the search ended.
+                st.refcounts.free_hint = st.refcounts.free_hint.min(first.0);
+                continue;
+            }
+            let offset = self.geometry.offset_of(first);
+            let bytes = count << self.geometry.cluster_bits;
+            if offset.0 != 0 {
+                self.change_refcount(st, offset, bytes, Change::Add(1), Reason::Never)?;
+            }
+            return Ok(offset);
+        }
+    }
+
+    /// Takes up to `count` clusters from `offset` on, as far as they are free;
+    /// returns how many that are.
+    pub(super) fn allocate_at(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        count: u64,
+    ) -> Result<u64> {
+        self.ensure_usable()?;
+        let first = self.geometry.cluster_of(offset);
+        loop {
+            let mut free = 0;
+            while free < count {
+                let cluster = ClusterIndex(first.0 + free);
+                if self.geometry.offset_of(cluster).0 >= MAX_HOST_OFFSET
+                    || self.refcount(st, cluster)? != 0
+                {
+                    break;
+                }
+                free += 1;
+            }
+            if free == 0 {
+                return Ok(0);
+            }
+            if self.ensure_blocks(st, first, free)? {
+                continue;
+            }
+            let bytes = free << self.geometry.cluster_bits;
+            self.change_refcount(st, offset, bytes, Change::Add(1), Reason::Never)?;
+            return Ok(free);
+        }
+    }
+
+    /// Gives clusters back. While requests are in flight that may have looked
+    /// them up the count stays, and goes when they have left.
+    ///
+    /// A failure costs the space, not the data, and is not the caller's.
+    pub(super) fn free(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        len: u64,
+        reason: Reason,
+    ) {
+        // What was never used cannot have been looked up.
+        let wait = !matches!(reason, Reason::Never | Reason::Always)
+            && self.inflight.must_wait(Freed { offset, len, reason });
+        if !wait {
+            let _ = self.change_refcount(st, offset, len, Change::Sub(1), reason);
+        }
+    }
+
+    /// Frees what waited for requests that have left meanwhile.
+    pub(super) fn reclaim(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if self.inflight.is_empty() {
+            return Ok(());
+        }
+        for freed in self.inflight.released() {
+            self.change_refcount(st, freed.offset, freed.len, Change::Sub(1), freed.reason)?;
+        }
+        self.pass_discards(st)
+    }
+
+    /// Finds `count` free clusters in a row, from the hint on, and moves the
+    /// hint behind them.
+    fn search_free(&self, st: &mut StateGuard<'_, H>, count: u64) -> Result<ClusterIndex> {
+        let limit = MAX_HOST_OFFSET >> self.geometry.cluster_bits;
+        let mut start = st.refcounts.free_hint;
+        let mut end = start;
+        while end - start < count {
+            if end >= limit {
+                return Err(Error::errno(libc::EFBIG));
+            }
+            let per_block = self.geometry.refcounts_per_block();
+            let block_end = (end / per_block + 1) * per_block;
+            if end == start {
+                match self.scan_block(st, ClusterIndex(end), true)? {
+                    Some(free) => {
+                        start = free.0;
+                        end = free.0 + 1;
+                    }
+                    None => {
+                        start = block_end;
+                        end = block_end;
+                    }
+                }
+            } else {
+                let used = self.scan_block(st, ClusterIndex(end), false)?;
+                let used = used.map_or(block_end, |cluster| cluster.0);
+                let wanted = start + count;
+                if used >= wanted {
+                    end = wanted;
+                } else if used == block_end {
+                    end = block_end;
+                } else {
+                    start = used + 1;
+                    end = start;
+                }
+            }
+        }
+        if end > limit {
+            return Err(Error::errno(libc::EFBIG));
+        }
+        st.refcounts.free_hint = end;
+        Ok(ClusterIndex(start))
+    }
+
+    /// Makes sure that all blocks for a range exist. Returns whether one was
+    /// made, so that clusters may have been taken meanwhile.
+    pub(super) fn ensure_blocks(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        first: ClusterIndex,
+        count: u64,
+    ) -> Result<bool> {
+        let per_block = self.geometry.refcounts_per_block();
+        let mut made = false;
+        for id in first.0 / per_block..=(first.0 + count - 1) / per_block {
+            made |= self.ensure_block(st, BlockId(id))?;
+        }
+        Ok(made)
+    }
+
+    /// Makes sure that a refcount block exists, or makes one that has to exist
+    /// before it. Returns whether anything was made; the caller calls again
+    /// until not.
+    pub(super) fn ensure_block(&self, st: &mut StateGuard<'_, H>, id: BlockId) -> Result<bool> {
+        if st.refcounts.block_offset(id).is_some() {
+            return Ok(false);
+        }
+        if id.0 >= st.refcounts.table().len() as u64 {
+            self.grow_refcount_table(st, id)?;
+            return Ok(true);
+        }
+        let cluster = self.search_free(st, 1)?;
+        let (home, index) = self.block_of(cluster);
+        if home != id && home.0 >= st.refcounts.table().len() as u64 {
+            st.refcounts.free_hint = cluster.0;
+            self.grow_refcount_table(st, home)?;
+            return Ok(true);
+        }
+        // A block whose own count has no block yet can only be that block.
+        let target = if st.refcounts.block_offset(home).is_some() { id } else { home };
+        let offset = self.geometry.offset_of(cluster);
+        if offset.0 == 0 {
+            let message = "Preventing invalid allocation of refcount block at offset 0".to_owned();
+            return Err(self.corrupt(st, true, None, None, message));
+        }
+        let size = self.geometry.cluster_size();
+        self.ensure_no_overlap(st, MetadataKind::empty(), offset.0, size)?;
+        let mut bytes = self.host.aligned(size as usize)?;
+        if target == home {
+            self.geometry.refcount_order.set(&mut bytes, index, 1);
+        } else {
+            self.change_refcount(st, offset, size, Change::Add(1), Reason::Never)?;
+            self.write_refcount_block(st, home)?;
+        }
+        let result = self.link_block(st, target, offset, bytes);
+        if result.is_err() && target != home {
+            let _ = self.change_refcount(st, offset, size, Change::Sub(1), Reason::Never);
+        }
+        result?;
+        Ok(true)
+    }
+
+    fn link_block(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        id: BlockId,
+        offset: HostOffset,
+        bytes: H::Aligned,
+    ) -> Result<()> {
+        self.make_room_for_block(st)?;
+        self.l2.discard(offset, self.geometry.cluster_size());
+        self.host.file().write(offset.0, &bytes)?;
+        let at = st.refcounts.table_offset().0 + id.0 * 8;
+        self.write_pointer(st, MetadataKind::REFCOUNT_TABLE, at, &offset.0.to_be_bytes())?;
+        st.refcounts.set_block(id, offset);
+        st.refcounts.insert_block(id, bytes);
+        self.note_metadata(offset, MetadataKind::REFCOUNT_BLOCK);
+        Ok(())
+    }
+
+    /// Replaces the refcount table by one that is long enough for `id`, and
+    /// then some. The new table and the blocks that count it lie together
+    /// where no block counts anything yet, so that nothing else changes.
+    fn grow_refcount_table(&self, st: &mut StateGuard<'_, H>, id: BlockId) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let per_block = self.geometry.refcounts_per_block();
+        let per_table_cluster = size / 8;
+        let old = st.refcounts.table().to_vec();
+        let used = old.iter().rposition(|entry| entry & TABLE_OFFSET_MASK != 0);
+        let first_block = id.0.max(used.map_or(0, |last| last as u64 + 1));
+        let area = ClusterIndex(first_block * per_block);
+
+        // Table length and block count depend on each other; both only grow.
+        let (mut table_clusters, mut blocks) = (1u64, 1u64);
+        loop {
+            let entries = first_block + blocks + 1;
+            let wanted = div_up(entries.max(old.len() as u64 * 3 / 2), per_table_cluster);
+            let counted = div_up(wanted + blocks, per_block);
+            if wanted <= table_clusters && counted <= blocks {
+                break;
+            }
+            table_clusters = table_clusters.max(wanted);
+            blocks = blocks.max(counted);
+        }
+        if table_clusters * size > MAX_REFTABLE_BYTES {
+            return Err(Error::errno(libc::EFBIG));
+        }
+        let end = area.0 + table_clusters + blocks;
+        if end > MAX_HOST_OFFSET >> self.geometry.cluster_bits {
+            return Err(Error::errno(libc::EFBIG));
+        }
+
+        let table_offset = self.geometry.offset_of(area);
+        let blocks_offset = table_offset.add(table_clusters * size);
+        let total = (table_clusters + blocks) * size;
+        self.ensure_no_overlap(st, MetadataKind::empty(), table_offset.0, total)?;
+        let file = self.host.file();
+        let mut table = old.clone();
+        table.resize((table_clusters * per_table_cluster) as usize, 0);
+        let mut left = table_clusters + blocks;
+        for i in 0..blocks {
+            let mut bytes = self.host.aligned(size as usize)?;
+            for index in 0..left.min(per_block) {
+                self.geometry.refcount_order.set(&mut bytes, index as usize, 1);
+            }
+            left = left.saturating_sub(per_block);
+            let at = blocks_offset.add(i * size);
+            file.write(at.0, &bytes)?;
+            table[(first_block + i) as usize] = at.0;
+        }
+        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        file.write(table_offset.0, &bytes)?;
+        // Blocks of the old table in memory stay valid: their places are kept.
+        let old_offset = st.refcounts.table_offset();
+        self.set_refcount_table(st, table_offset, table)?;
+        self.free(st, old_offset, old.len() as u64 * 8, Reason::Other);
+        Ok(())
+    }
+}

@@ -1,0 +1,389 @@
+//! Finding clusters: the L1 table, and runs of L2 entries.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+use super::refcounts::Reason;
+use super::{Image, StateGuard};
+use crate::cache::l2::{L2Slice, Room};
+use crate::error::{Error, Result};
+use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind};
+use crate::format::geometry::Geometry;
+use crate::host::{File, Host};
+use crate::units::{GuestOffset, HostOffset};
+
+/// The L1 table in use.
+///
+/// Entries are atomics behind a short lock, which is only taken for writing
+/// when the table is replaced by a longer or shorter one.
+pub(super) struct L1Table(RwLock<Box<[AtomicU64]>>);
+
+impl L1Table {
+    pub(super) fn new(entries: impl IntoIterator<Item = u64>) -> Self {
+        Self(RwLock::new(entries.into_iter().map(AtomicU64::new).collect()))
+    }
+
+    /// Number of entries.
+    pub(super) fn len(&self) -> u64 {
+        self.0.read().len() as u64
+    }
+
+    /// An entry; one that is beyond the end of the table is empty.
+    #[inline]
+    pub(super) fn get(&self, index: u64) -> L1Entry {
+        let table = self.0.read();
+        let entry = usize::try_from(index).ok().and_then(|index| table.get(index));
+        L1Entry(entry.map_or(0, |entry| entry.load(Ordering::Acquire)))
+    }
+
+    /// Changes an entry that exists.
+    pub(super) fn set(&self, index: u64, entry: L1Entry) {
+        self.0.read()[index as usize].store(entry.0, Ordering::Release);
+    }
+
+    /// All entries.
+    pub(super) fn to_vec(&self) -> Vec<u64> {
+        self.0.read().iter().map(|entry| entry.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Exchanges the whole table.
+    pub(super) fn replace(&self, entries: impl IntoIterator<Item = u64>) {
+        let new = entries.into_iter().map(AtomicU64::new).collect();
+        *self.0.write() = new;
+    }
+}
+
+/// Guest clusters of one kind in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// What the clusters are. Host offsets are exact: they belong to the guest
+    /// offset that was looked up, not to the begin of its cluster.
+    pub(super) mapping: Mapping,
+    /// Whether the first cluster may be written in place.
+    pub(super) copied: bool,
+    /// Bytes from the guest offset on, at least 1 and at most as asked.
+    pub(super) len: u64,
+    /// The first L2 entry.
+    pub(super) entry: L2Entry,
+}
+
+/// Where an L2 entry is: slice, and the entry in it.
+pub(super) struct SliceAt {
+    pub(super) slice: Arc<L2Slice>,
+    pub(super) index: usize,
+}
+
+/// Why a lookup could not be answered at once.
+enum Miss {
+    /// The slice is not in memory.
+    Load(HostOffset),
+    /// An entry has to be reported as corrupt.
+    Bad,
+}
+
+/// Whether an entry breaks a rule of the format that makes it unusable.
+fn is_bad(geometry: &Geometry, entry: L2Entry) -> bool {
+    match entry.mapping() {
+        Mapping::Normal(at) => !at.is_aligned(geometry.cluster_bits),
+        Mapping::ZeroAllocated(at) => {
+            geometry.version < 3 || !at.is_aligned(geometry.cluster_bits)
+        }
+        Mapping::ZeroPlain => geometry.version < 3,
+        Mapping::Unallocated | Mapping::Compressed => false,
+    }
+}
+
+impl<H: Host> Image<H> {
+    /// What the `len` > 0 bytes at `guest` are, as far as one run goes. A run
+    /// ends where the kind of cluster changes, where host clusters are not
+    /// contiguous, and at the end of a slice.
+    pub(super) fn lookup(&self, guest: GuestOffset, len: u64) -> Result<Run> {
+        match self.lookup_cached(guest, len) {
+            Ok(run) => Ok(run),
+            Err(_) => self.lookup_locked(&mut self.lock(), guest, len),
+        }
+    }
+
+    /// [`Image::lookup`] without lock and I/O, `None` where it needs them.
+    #[inline]
+    pub(super) fn lookup_fast(&self, guest: GuestOffset, len: u64) -> Option<Run> {
+        self.lookup_cached(guest, len).ok()
+    }
+
+    /// [`Image::lookup`] with the metadata lock held.
+    pub(super) fn lookup_locked(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Result<Run> {
+        loop {
+            match self.lookup_cached(guest, len) {
+                Ok(run) => return Ok(run),
+                Err(Miss::Load(offset)) => {
+                    self.load_slice(st, guest, offset)?;
+                }
+                Err(Miss::Bad) => return Err(self.report_bad_entry(st, guest)),
+            }
+        }
+    }
+
+    #[inline]
+    fn lookup_cached(&self, guest: GuestOffset, len: u64) -> Result<Run, Miss> {
+        let geometry = &self.geometry;
+        let Some(table) = self.l1.get(geometry.l1_index(guest)).table() else {
+            let rest = (1 << geometry.l2_span_bits()) - guest.within(geometry.l2_span_bits());
+            return Ok(Run {
+                mapping: Mapping::Unallocated,
+                copied: false,
+                len: len.min(rest),
+                entry: L2Entry::UNALLOCATED,
+            });
+        };
+        let (offset, index) = self.slice_position(table, guest);
+        let slice = self.l2.get(offset).ok_or(Miss::Load(offset))?;
+        self.run_in_slice(&slice, index, guest, len).ok_or(Miss::Bad)
+    }
+
+    /// Where the entry for `guest` is in the L2 table at `table`: the slice's
+    /// place in the file and the entry in it.
+    #[inline]
+    fn slice_position(&self, table: HostOffset, guest: GuestOffset) -> (HostOffset, usize) {
+        let entries = (self.l2.slice_size() as u64) >> self.geometry.l2_entry_bits;
+        let index = self.geometry.l2_index(guest);
+        let first = index & !(entries - 1);
+        (table.add(first << self.geometry.l2_entry_bits), (index - first) as usize)
+    }
+
+    #[inline]
+    fn run_in_slice(
+        &self,
+        slice: &L2Slice,
+        index: usize,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Option<Run> {
+        let geometry = &self.geometry;
+        let size = geometry.cluster_size();
+        let within = guest.within(geometry.cluster_bits);
+        let entry = slice.get(index);
+        if is_bad(geometry, entry) {
+            return None;
+        }
+        let first = entry.mapping();
+        let mapping = match first {
+            Mapping::Normal(at) => Mapping::Normal(at.add(within)),
+            Mapping::ZeroAllocated(at) => Mapping::ZeroAllocated(at.add(within)),
+            other => other,
+        };
+        let mut covered = size - within;
+        let mut next = index + 1;
+        if first != Mapping::Compressed {
+            while covered < len && next < slice.len() {
+                let other = slice.get(next);
+                let expected = match first {
+                    Mapping::Normal(at) => {
+                        Mapping::Normal(at.add((next - index) as u64 * size))
+                    }
+                    Mapping::ZeroAllocated(at) => {
+                        Mapping::ZeroAllocated(at.add((next - index) as u64 * size))
+                    }
+                    other => other,
+                };
+                if other.mapping() != expected || other.copied() != entry.copied() {
+                    break;
+                }
+                covered += size;
+                next += 1;
+            }
+        }
+        Some(Run { mapping, copied: entry.copied(), len: covered.min(len), entry })
+    }
+
+    /// Reads a slice into the cache, after making room for it.
+    pub(super) fn load_slice(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        offset: HostOffset,
+    ) -> Result<Arc<L2Slice>> {
+        self.ensure_usable()?;
+        let within = self.geometry.l2_index(guest) << self.geometry.l2_entry_bits;
+        let slice_size = self.l2.slice_size();
+        let table = HostOffset(offset.0.wrapping_sub(within & !(slice_size as u64 - 1)));
+        if !table.is_aligned(self.geometry.cluster_bits) {
+            let index = self.geometry.l1_index(guest);
+            let message = format!(
+                "L2 table offset {:#x} unaligned (L1 index: {index:#x})",
+                table.0
+            );
+            return Err(self.corrupt(st, true, None, None, message));
+        }
+        if let Some(slice) = self.l2.get(offset) {
+            return Ok(slice);
+        }
+        while let Room::Dirty(victim) = self.l2.make_room() {
+            self.write_slice(st, &victim)?;
+        }
+        let mut bytes = self.host.aligned(slice_size)?;
+        self.host.file().read(offset.0, &mut bytes)?;
+        Ok(self.l2.insert(L2Slice::from_bytes(offset, &bytes)))
+    }
+
+    /// The entry for `guest` for reading, `None` where there is no L2 table.
+    pub(super) fn entry_at(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+    ) -> Result<Option<SliceAt>> {
+        let Some(table) = self.l1.get(self.geometry.l1_index(guest)).table() else {
+            return Ok(None);
+        };
+        let (offset, index) = self.slice_position(table, guest);
+        let slice = match self.l2.get(offset) {
+            Some(slice) => slice,
+            None => self.load_slice(st, guest, offset)?,
+        };
+        Ok(Some(SliceAt { slice, index }))
+    }
+
+    /// The entry for `guest` for changing it. The L2 table is made where it is
+    /// missing, and copied where a snapshot shares it.
+    pub(super) fn entry_for_change(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+    ) -> Result<SliceAt> {
+        let index = self.geometry.l1_index(guest);
+        if index >= self.l1.len() {
+            self.grow_l1(st, index + 1, false)?;
+        }
+        let entry = self.l1.get(index);
+        if let Some(table) = entry.table() {
+            if !table.is_aligned(self.geometry.cluster_bits) {
+                let message =
+                    format!("L2 table offset {:#x} unaligned (L1 index: {index:#x})", table.0);
+                return Err(self.corrupt(st, true, None, None, message));
+            }
+        }
+        if entry.table().is_none() || !entry.copied() {
+            self.allocate_l2(st, index)?;
+        }
+        match self.entry_at(st, guest)? {
+            Some(at) => Ok(at),
+            None => Err(Error::errno(libc::EIO)),
+        }
+    }
+
+    /// Gives L1 entry `index` an L2 table of its own: empty, or a copy of the
+    /// one it shares.
+    fn allocate_l2(&self, st: &mut StateGuard<'_, H>, index: u64) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let old = self.l1.get(index).table();
+        let table = self.allocate(st, size)?;
+        if table.0 == 0 {
+            let message = "Preventing invalid allocation of L2 table at offset 0".to_owned();
+            return Err(self.corrupt(st, true, None, None, message));
+        }
+        let result = self.link_l2(st, index, old, table);
+        match result {
+            Ok(()) => {
+                if let Some(old) = old {
+                    self.free(st, old, size, Reason::Other);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.free(st, table, size, Reason::Always);
+                Err(error)
+            }
+        }
+    }
+
+    fn link_l2(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        index: u64,
+        old: Option<HostOffset>,
+        table: HostOffset,
+    ) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let file = self.host.file();
+        // The new table's refcount is on disk before anything points to it.
+        self.write_dirty_refcounts(st)?;
+        let mut bytes = self.host.aligned(size as usize)?;
+        if let Some(old) = old {
+            // The cached slices of a shared table are never dirty.
+            file.read(old.0, &mut bytes)?;
+        }
+        self.ensure_no_overlap(st, MetadataKind::empty(), table.0, size)?;
+        file.write(table.0, &bytes)?;
+        self.l2.discard(table, size);
+        let before = self.l1.get(index);
+        self.l1.set(index, L1Entry::owned(table));
+        if let Err(error) = self.write_l1_entry(st, index) {
+            self.l1.set(index, before);
+            return Err(error);
+        }
+        self.note_metadata(table, MetadataKind::ACTIVE_L2);
+        Ok(())
+    }
+
+    /// Writes the part of the L1 table around one entry, after all that was
+    /// written before, and flushes.
+    pub(super) fn write_l1_entry(&self, st: &mut StateGuard<'_, H>, index: u64) -> Result<()> {
+        const PER_SECTOR: u64 = 64;
+        let table_offset = self.shared.read().header.l1_table_offset;
+        let first = index & !(PER_SECTOR - 1);
+        let last = (first + PER_SECTOR).min(self.l1.len());
+        let bytes: Vec<u8> =
+            (first..last).flat_map(|i| self.l1.get(i).0.to_be_bytes()).collect();
+        self.write_pointer(st, MetadataKind::ACTIVE_L1, table_offset + first * 8, &bytes)
+    }
+
+    /// Reports the entry for `guest`, which is known to be bad.
+    fn report_bad_entry(&self, st: &mut StateGuard<'_, H>, guest: GuestOffset) -> Error {
+        let at = match self.entry_at(st, guest) {
+            Ok(Some(at)) => at,
+            Ok(None) => return Error::errno(libc::EIO),
+            Err(error) => return error,
+        };
+        let table = self.l1.get(self.geometry.l1_index(guest)).table().unwrap_or_default();
+        let index = self.geometry.l2_index(guest);
+        let entry = at.slice.get(at.index);
+        let message = match entry.mapping() {
+            Mapping::ZeroPlain | Mapping::ZeroAllocated(_) if self.geometry.version < 3 => {
+                format!(
+                    "Zero cluster entry found in pre-v3 image (L2 offset: {:#x}, L2 index: \
+                     {index:#x})",
+                    table.0
+                )
+            }
+            Mapping::ZeroAllocated(at) => format!(
+                "Preallocated zero cluster offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
+                 {index:#x})",
+                at.0, table.0
+            ),
+            Mapping::Normal(at) => format!(
+                "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
+                 {index:#x})",
+                at.0, table.0
+            ),
+            // Mended meanwhile.
+            _ => return Error::errno(libc::EIO),
+        };
+        self.corrupt(st, true, None, None, message)
+    }
+
+    /// Reports the entry for `guest` if it is bad.
+    pub(super) fn ensure_good_entry(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        entry: L2Entry,
+    ) -> Result<()> {
+        if is_bad(&self.geometry, entry) { Err(self.report_bad_entry(st, guest)) } else { Ok(()) }
+    }
+}

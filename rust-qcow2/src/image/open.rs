@@ -1,0 +1,275 @@
+//! Opening an image, writing back, and leaving it.
+
+use lock_api::Mutex;
+use parking_lot::RwLock;
+
+use super::inflight::InFlight;
+use super::map::L1Table;
+use super::refcounts::Refcounts;
+use super::write::PendingAllocations;
+use super::writeback::Order;
+use super::{Image, OpenFlags, OptionRequest, Options, Shared, State, StateGuard, check};
+use crate::cache::l2::L2Cache;
+use crate::error::{Error, Result};
+use crate::format::extension::Extensions;
+use crate::format::geometry::{Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS};
+use crate::format::header::{
+    Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH,
+};
+use crate::host::{File, Host};
+use crate::units::HostOffset;
+
+/// Least size of an entry of the snapshot table, for a check of its place.
+const SNAPSHOT_HEADER: u64 = 40;
+
+impl<H: Host> Image<H> {
+    /// Opens an image: reads header, extensions, L1 table and refcount table,
+    /// clears autoclear bits that it will not keep true, and repairs an image
+    /// that was not closed.
+    ///
+    /// # Errors
+    /// The sentences that users of QEMU know, for everything that is damaged
+    /// or not supported. Nothing was written then, but for what a repair did.
+    pub fn open(host: H, flags: OpenFlags, request: &OptionRequest) -> Result<Self> {
+        let file = host.file();
+        let mut header = read_header(&file)?;
+        let extensions = read_extensions(&file, &header)?;
+        header.compression_type()?;
+        let unknown = header.incompatible & !KNOWN_INCOMPATIBLE;
+        if !unknown.is_empty() {
+            return Err(Error::unsupported(format!(
+                "Unsupported qcow2 feature(s): {}",
+                extensions.as_ref().map_or_else(
+                    |_| Extensions::default().name_incompatible(unknown.bits()),
+                    |known| known.name_incompatible(unknown.bits()),
+                )
+            )));
+        }
+        if header.incompatible.contains(Incompatible::CORRUPT) && flags.writable && !flags.check {
+            return Err(Error::new(
+                libc::EACCES,
+                "qcow2: Image is corrupt; cannot be opened read/write",
+            ));
+        }
+        let geometry = Geometry::of(&header);
+        validate_tables(&header, &geometry, flags)?;
+        let l1 = read_table(&file, header.l1_table_offset, u64::from(header.l1_size))
+            .map_err(|error| error.context("Could not read L1 table"))?;
+        let options = Options::resolve(&header, flags, request)?;
+        let table_entries = u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3);
+        let refcount_table = read_table(&file, header.refcount_table_offset, table_entries)
+            .map_err(|error| error.context("Could not initialize refcount handling"))?;
+        let extensions = extensions?;
+        refuse_unserved(&header, &extensions)?;
+        let backing_file = read_backing_name(&file, &header)?;
+
+        let clear_autoclear =
+            flags.writable && !flags.inactive && !(header.autoclear & !KNOWN_AUTOCLEAR).is_empty();
+        if clear_autoclear {
+            header.autoclear &= KNOWN_AUTOCLEAR;
+        }
+        let dirty = header.incompatible.contains(Incompatible::DIRTY);
+        let table_offset = HostOffset(header.refcount_table_offset);
+        let caches = options.caches;
+        let image = Self {
+            host,
+            geometry,
+            l1: L1Table::new(l1),
+            l2: L2Cache::new(caches.l2_slices, caches.l2_slice_size),
+            overlap: RwLock::new(None),
+            inflight: InFlight::default(),
+            shared: RwLock::new(Shared {
+                header,
+                extensions,
+                backing_file,
+                flags,
+                options,
+                broken: false,
+                corruption_signaled: false,
+            }),
+            state: Mutex::new(State {
+                refcounts: Refcounts::new(refcount_table, table_offset, caches.refcount_blocks),
+                order: Order::default(),
+                allocations: PendingAllocations::default(),
+            }),
+        };
+        if clear_autoclear {
+            image
+                .update_header(&mut image.lock())
+                .map_err(|error| error.context("Could not update qcow2 header"))?;
+        }
+        if dirty && flags.writable && !flags.inactive && !flags.check {
+            image.repair_dirty()?;
+        }
+        Ok(image)
+    }
+
+    fn repair_dirty(&self) -> Result<()> {
+        let fix = check::Fix { leaks: true, errors: true };
+        let report = self
+            .check(fix, &mut |line| eprintln!("{line}"))
+            .map_err(|error| error.context("Could not repair dirty image"))?;
+        if report.check_errors > 0 {
+            return Err(Error::with_errno(libc::EIO, "Could not repair dirty image"));
+        }
+        Ok(())
+    }
+
+    /// Writes all metadata that waits in memory, each table after what has to
+    /// come before it. The file itself is not flushed at the end.
+    ///
+    /// # Errors
+    /// Those of the file; what could not be written stays in memory.
+    pub fn flush(&self) -> Result<()> {
+        let mut st = self.lock();
+        self.ensure_usable()?;
+        self.reclaim(&mut st)?;
+        self.write_back(&mut st)
+    }
+
+    /// Leaves the image as somebody else may open it: everything written,
+    /// durable, and the dirty bit cleared. No request is in flight.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn inactivate(&self) -> Result<()> {
+        if self.is_broken() {
+            return Ok(());
+        }
+        let mut st = self.lock();
+        self.leave(&mut st)
+    }
+
+    fn leave(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.reclaim(st)?;
+        self.write_back(st)?;
+        self.host.file().flush()?;
+        if self.is_writable() {
+            self.mark_clean(st)?;
+        }
+        Ok(())
+    }
+
+    /// Drops clean tables from memory that were not used since the last call.
+    /// Needs no coroutine and does no I/O.
+    pub fn clean_caches(&self) {
+        self.l2.clean();
+    }
+}
+
+fn read_header<F: File>(file: &F) -> Result<Header> {
+    let mut start = [0; V3_LENGTH];
+    file.read(0, &mut start).map_err(|error| error.context("Could not read qcow2 header"))?;
+    let mut header = Header::parse(&start)?;
+    let known = V3_LENGTH as u32;
+    if header.header_length > known {
+        let mut rest = vec![0; (header.header_length - known) as usize];
+        file.read(V3_LENGTH as u64, &mut rest)
+            .map_err(|error| error.context("Could not read unknown qcow2 header fields"))?;
+        header.unknown_fields = rest;
+    }
+    Ok(header)
+}
+
+/// The outer error is one of I/O, the inner one of content: it is reported
+/// after others that users expect first.
+fn read_extensions<F: File>(file: &F, header: &Header) -> Result<Result<Extensions>> {
+    let start = u64::from(header.header_length);
+    let end = header.backing_name.map_or(1 << header.cluster_bits, |(offset, _)| offset);
+    let mut bytes = vec![0; end.saturating_sub(start) as usize];
+    file.read(start, &mut bytes).map_err(|error| {
+        error.context(format!("qcow2_read_extension: ERROR: pread fail from offset {start}"))
+    })?;
+    Ok(Extensions::parse(&bytes, start))
+}
+
+fn validate_tables(header: &Header, geometry: &Geometry, flags: OpenFlags) -> Result<()> {
+    if header.refcount_table_clusters == 0 && !flags.check {
+        return Err(Error::invalid("Image does not contain a reference count table"));
+    }
+    geometry.validate_table(
+        header.refcount_table_offset,
+        u64::from(header.refcount_table_clusters),
+        geometry.cluster_size(),
+        MAX_REFTABLE_BYTES,
+        "Reference count table",
+    )?;
+    if !flags.check {
+        geometry.validate_table(
+            header.snapshots_offset,
+            u64::from(header.nb_snapshots),
+            SNAPSHOT_HEADER,
+            SNAPSHOT_HEADER * u64::from(MAX_SNAPSHOTS),
+            "Snapshot table",
+        )?;
+    }
+    geometry.validate_table(
+        header.l1_table_offset,
+        u64::from(header.l1_size),
+        8,
+        MAX_L1_BYTES,
+        "Active L1 table",
+    )?;
+    let needed = geometry.l1_entries_for(header.size);
+    if needed > i32::MAX as u64 {
+        return Err(Error::new(libc::EFBIG, "Image is too big"));
+    }
+    if u64::from(header.l1_size) < needed {
+        return Err(Error::invalid("L1 table is too small"));
+    }
+    Ok(())
+}
+
+fn read_table<F: File>(file: &F, offset: u64, entries: u64) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; (entries * 8) as usize];
+    file.read(offset, &mut bytes)?;
+    let mut be = [0; 8];
+    let table = bytes
+        .chunks_exact(8)
+        .map(|word| {
+            be.copy_from_slice(word);
+            u64::from_be_bytes(be)
+        })
+        .collect();
+    Ok(table)
+}
+
+fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String>> {
+    let Some((offset, len)) = header.backing_name else { return Ok(None) };
+    let room = (1u64 << header.cluster_bits) - offset;
+    if len > MAX_BACKING_NAME || u64::from(len) > room {
+        return Err(Error::invalid("Backing file name too long"));
+    }
+    let mut bytes = vec![0; len as usize];
+    file.read(offset, &mut bytes)
+        .map_err(|error| error.context("Could not read backing file name"))?;
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    bytes.truncate(end);
+    match String::from_utf8(bytes) {
+        Ok(name) => Ok(Some(name)),
+        Err(_) => Err(Error::invalid("Backing file name is not valid UTF-8")),
+    }
+}
+
+/// Refuses images that need what is not served yet, by name.
+fn refuse_unserved(header: &Header, extensions: &Extensions) -> Result<()> {
+    let refuse = |what: &str| {
+        Err(Error::unsupported(format!("rqcow2 does not support {what} yet")))
+    };
+    if header.crypt_method != 0 {
+        return refuse("encrypted images");
+    }
+    if header.incompatible.contains(Incompatible::DATA_FILE) {
+        return refuse("images with an external data file");
+    }
+    if header.incompatible.contains(Incompatible::EXTENDED_L2) {
+        return refuse("images with extended L2 entries (subclusters)");
+    }
+    if header.nb_snapshots != 0 {
+        return refuse("images with internal snapshots");
+    }
+    if extensions.bitmaps.is_some() {
+        return refuse("images with persistent bitmaps");
+    }
+    Ok(())
+}

@@ -1,0 +1,406 @@
+//! Refcount blocks in memory, and changing counts.
+
+use rustc_hash::FxHashMap;
+
+use super::{Image, StateGuard};
+use crate::error::{Error, Result};
+use crate::format::entry::MetadataKind;
+use crate::format::refcount::RefcountOrder;
+use crate::host::{File, Host};
+use crate::units::{ClusterIndex, HostOffset};
+
+/// Bits of a refcount table entry that hold the offset of the block.
+pub(super) const TABLE_OFFSET_MASK: u64 = !0x1ff;
+
+/// The number of a refcount block: its index in the refcount table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct BlockId(pub(super) u64);
+
+/// Why a cluster is freed; it decides whether the file gets the space back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A guest discard.
+    Request,
+    /// A deleted snapshot.
+    Snapshot,
+    /// Copy-on-write, tables that moved.
+    Other,
+    /// Never used: an allocation that was taken back.
+    Never,
+    /// Always given back.
+    Always,
+}
+
+/// How a count changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// More references.
+    Add(u64),
+    /// Fewer references.
+    Sub(u64),
+}
+
+impl Change {
+    fn inverse(self) -> Self {
+        match self {
+            Self::Add(n) => Self::Sub(n),
+            Self::Sub(n) => Self::Add(n),
+        }
+    }
+
+    fn apply(self, count: u64, max: u64) -> Option<u64> {
+        match self {
+            Self::Add(n) => count.checked_add(n).filter(|count| *count <= max),
+            Self::Sub(n) => count.checked_sub(n),
+        }
+    }
+}
+
+struct Block<H: Host> {
+    bytes: H::Aligned,
+    dirty: bool,
+    used: u64,
+}
+
+/// The refcount table and the blocks of it that are in memory.
+pub(super) struct Refcounts<H: Host> {
+    table: Vec<u64>,
+    table_offset: HostOffset,
+    blocks: FxHashMap<BlockId, Block<H>>,
+    capacity: usize,
+    /// Counts lookups of blocks, to find the one not used for longest.
+    clock: u64,
+    /// No cluster below this one is free, as far as is worth knowing.
+    pub(super) free_hint: u64,
+    /// Space that goes back to the file: see [`Image::pass_discards`].
+    pub(super) discards: Vec<(HostOffset, u64, Reason)>,
+}
+
+impl<H: Host> Refcounts<H> {
+    pub(super) fn new(table: Vec<u64>, table_offset: HostOffset, capacity: usize) -> Self {
+        Self {
+            table,
+            table_offset,
+            blocks: FxHashMap::default(),
+            capacity: capacity.max(2),
+            clock: 0,
+            free_hint: 0,
+            discards: Vec::new(),
+        }
+    }
+
+    /// The raw refcount table.
+    pub(super) fn table(&self) -> &[u64] {
+        &self.table
+    }
+
+    /// Where the refcount table is.
+    pub(super) fn table_offset(&self) -> HostOffset {
+        self.table_offset
+    }
+
+    /// Where a block is, `None` where there is none.
+    pub(super) fn block_offset(&self, id: BlockId) -> Option<HostOffset> {
+        let entry = self.table.get(usize::try_from(id.0).ok()?)?;
+        match entry & TABLE_OFFSET_MASK {
+            0 => None,
+            offset => Some(HostOffset(offset)),
+        }
+    }
+
+    /// Blocks that have to be written, by their number.
+    pub(super) fn dirty_blocks(&self) -> Vec<BlockId> {
+        let mut ids: Vec<_> =
+            self.blocks.iter().filter(|(_, block)| block.dirty).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// The bytes of a block that has to be written.
+    pub(super) fn dirty_bytes(&self, id: BlockId) -> Option<&[u8]> {
+        self.blocks.get(&id).filter(|block| block.dirty).map(|block| &*block.bytes)
+    }
+
+    pub(super) fn mark_clean(&mut self, id: BlockId) {
+        if let Some(block) = self.blocks.get_mut(&id) {
+            block.dirty = false;
+        }
+    }
+
+    /// Forgets all blocks in memory, dirty or not.
+    pub(super) fn forget_blocks(&mut self) {
+        self.blocks.clear();
+    }
+
+    /// Exchanges the table in memory.
+    pub(super) fn replace_table(&mut self, table: Vec<u64>, offset: HostOffset) {
+        self.table = table;
+        self.table_offset = offset;
+    }
+
+    /// Points a table entry, that exists, to a new block.
+    pub(super) fn set_block(&mut self, id: BlockId, offset: HostOffset) {
+        self.table[id.0 as usize] = offset.0;
+    }
+
+    /// Puts a block into memory, clean.
+    pub(super) fn insert_block(&mut self, id: BlockId, bytes: H::Aligned) {
+        self.clock += 1;
+        self.blocks.insert(id, Block { bytes, dirty: false, used: self.clock });
+    }
+
+    pub(super) fn set_capacity(&mut self, capacity: usize) {
+        self.capacity = capacity.max(2);
+    }
+
+    fn oldest(&self) -> Option<BlockId> {
+        self.blocks.iter().min_by_key(|(_, block)| block.used).map(|(id, _)| *id)
+    }
+
+    fn touch(&mut self, id: BlockId) -> Option<&mut Block<H>> {
+        self.clock += 1;
+        let clock = self.clock;
+        let block = self.blocks.get_mut(&id)?;
+        block.used = clock;
+        Some(block)
+    }
+}
+
+impl<H: Host> Image<H> {
+    /// The block that has the count of a cluster, and the place in it.
+    pub(super) fn block_of(&self, cluster: ClusterIndex) -> (BlockId, usize) {
+        let per_block = self.geometry.refcounts_per_block();
+        (BlockId(cluster.0 / per_block), (cluster.0 % per_block) as usize)
+    }
+
+    /// Whether refcounts have to be right on disk: not while the dirty bit says
+    /// that they are rebuilt before the next use.
+    pub(super) fn needs_accurate_refcounts(&self) -> bool {
+        use crate::format::header::Incompatible;
+        !self.shared.read().header.incompatible.contains(Incompatible::DIRTY)
+    }
+
+    /// How often a cluster is referred to.
+    pub(super) fn refcount(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        cluster: ClusterIndex,
+    ) -> Result<u64> {
+        let (id, index) = self.block_of(cluster);
+        let order = self.geometry.refcount_order;
+        if !self.load_block(st, id)? {
+            return Ok(0);
+        }
+        Ok(st.refcounts.blocks.get(&id).map_or(0, |block| order.get(&block.bytes, index)))
+    }
+
+    /// The first cluster from `from` on, within its refcount block, whose count
+    /// is (`zero`) or is not zero; `None` where the block has no such cluster.
+    pub(super) fn scan_block(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        from: ClusterIndex,
+        zero: bool,
+    ) -> Result<Option<ClusterIndex>> {
+        let (id, index) = self.block_of(from);
+        let per_block = self.geometry.refcounts_per_block();
+        if !self.load_block(st, id)? {
+            return Ok(zero.then_some(from));
+        }
+        let order: RefcountOrder = self.geometry.refcount_order;
+        let Some(block) = st.refcounts.blocks.get(&id) else { return Ok(None) };
+        let hit = (index..per_block as usize)
+            .find(|i| (order.get(&block.bytes, *i) == 0) == zero)
+            .map(|i| ClusterIndex(id.0 * per_block + i as u64));
+        Ok(hit)
+    }
+
+    /// Brings a block into memory. `false` where the image has no such block.
+    pub(super) fn load_block(&self, st: &mut StateGuard<'_, H>, id: BlockId) -> Result<bool> {
+        if st.refcounts.touch(id).is_some() {
+            return Ok(true);
+        }
+        let Some(offset) = st.refcounts.block_offset(id) else { return Ok(false) };
+        self.ensure_usable()?;
+        if !offset.is_aligned(self.geometry.cluster_bits) {
+            let message = format!(
+                "Refblock offset {:#x} unaligned (reftable index: {:#x})",
+                offset.0, id.0
+            );
+            return Err(self.corrupt(st, true, None, None, message));
+        }
+        self.make_room_for_block(st)?;
+        let mut bytes = self.host.aligned(self.geometry.cluster_size() as usize)?;
+        self.host.file().read(offset.0, &mut bytes)?;
+        st.refcounts.insert_block(id, bytes);
+        Ok(true)
+    }
+
+    pub(super) fn make_room_for_block(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        while st.refcounts.blocks.len() >= st.refcounts.capacity {
+            let Some(victim) = st.refcounts.oldest() else { break };
+            self.write_refcount_block(st, victim)?;
+            st.refcounts.blocks.remove(&victim);
+        }
+        Ok(())
+    }
+
+    /// Writes all refcount blocks that are dirty, after what they wait for.
+    pub(super) fn write_dirty_refcounts(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        for id in st.refcounts.dirty_blocks() {
+            self.write_refcount_block(st, id)?;
+        }
+        Ok(())
+    }
+
+    /// Changes the counts of the clusters that `len` bytes at `offset` touch:
+    /// all of them, or on failure none. `EINVAL` where a count would leave its
+    /// range.
+    pub(super) fn change_refcount(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        len: u64,
+        change: Change,
+        reason: Reason,
+    ) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let first = self.geometry.cluster_of(offset).0;
+        let last = self.geometry.cluster_of(offset.add(len - 1)).0;
+        if matches!(change, Change::Sub(_)) && !self.l2.is_clean() {
+            self.refcounts_wait_for_l2(st)?;
+        }
+        for cluster in first..=last {
+            if let Err(error) = self.change_one(st, ClusterIndex(cluster), change, reason) {
+                for undo in first..cluster {
+                    // Just loaded and changed the other way, so this works but
+                    // for I/O errors, which leave a leak.
+                    let undone =
+                        self.change_one(st, ClusterIndex(undo), change.inverse(), Reason::Never);
+                    if undone.is_err() {
+                        break;
+                    }
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn change_one(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        cluster: ClusterIndex,
+        change: Change,
+        reason: Reason,
+    ) -> Result<()> {
+        let order = self.geometry.refcount_order;
+        let (id, index) = self.block_of(cluster);
+        if matches!(change, Change::Add(_)) {
+            while self.ensure_block(st, id)? {}
+        }
+        if !self.load_block(st, id)? {
+            return Err(Error::errno(libc::EINVAL));
+        }
+        let Some(block) = st.refcounts.touch(id) else {
+            return Err(Error::errno(libc::EIO));
+        };
+        let old = order.get(&block.bytes, index);
+        let new =
+            change.apply(old, order.max()).ok_or_else(|| Error::errno(libc::EINVAL))?;
+        order.set(&mut block.bytes, index, new);
+        block.dirty = true;
+        if new == 0 {
+            self.cluster_is_free(st, cluster, reason);
+        }
+        Ok(())
+    }
+
+    fn cluster_is_free(&self, st: &mut StateGuard<'_, H>, cluster: ClusterIndex, reason: Reason) {
+        let size = self.geometry.cluster_size();
+        let offset = self.geometry.offset_of(cluster);
+        st.refcounts.free_hint = st.refcounts.free_hint.min(cluster.0);
+        // A cached table at this place must not be written over its successor.
+        self.l2.discard(offset, size);
+        self.forget_metadata(offset);
+        let options = self.shared.read().options;
+        let pass = match reason {
+            Reason::Request => options.discard_request,
+            Reason::Snapshot => options.discard_snapshot,
+            Reason::Other => options.discard_other,
+            Reason::Never => false,
+            Reason::Always => true,
+        };
+        if pass {
+            match st.refcounts.discards.last_mut() {
+                Some((at, len, why)) if *why == reason && at.add(*len) == offset => *len += size,
+                _ => st.refcounts.discards.push((offset, size, reason)),
+            }
+        }
+    }
+
+    /// Gives freed space back to the file. What a guest discarded may go at
+    /// once: zeroes are as good as what was there. Everything else has to wait
+    /// until the tables that do not refer to it any more are durable, as after
+    /// a crash the old ones count.
+    pub(super) fn pass_discards(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.refcounts.discards.is_empty() {
+            return Ok(());
+        }
+        let discards = std::mem::take(&mut st.refcounts.discards);
+        if discards.iter().any(|(_, _, reason)| *reason != Reason::Request) {
+            self.write_back(st)?;
+            self.host.file().flush()?;
+        }
+        for (offset, len, _) in discards {
+            // Advice: where the file cannot, nothing is lost. A cluster that
+            // was given out again meanwhile keeps its content.
+            self.discard_free(st, offset, len);
+        }
+        Ok(())
+    }
+
+    fn discard_free(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64) {
+        let size = self.geometry.cluster_size();
+        let mut start = offset.0;
+        let end = offset.0 + len;
+        while start < end {
+            let mut stop = start;
+            while stop < end
+                && matches!(self.refcount(st, self.geometry.cluster_of(HostOffset(stop))), Ok(0))
+            {
+                stop += size;
+            }
+            if stop > start {
+                let _ = self.host.file().discard(start, stop - start);
+            }
+            start = stop + size;
+        }
+    }
+
+    /// Puts a refcount table in force that was written to the file already,
+    /// with all blocks it refers to: header first, then memory.
+    pub(super) fn set_refcount_table(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        entries: Vec<u64>,
+    ) -> Result<()> {
+        use crate::format::header::field;
+        let clusters = (entries.len() as u64 * 8).div_ceil(self.geometry.cluster_size()) as u32;
+        let mut bytes = [0; 12];
+        bytes[..8].copy_from_slice(&offset.0.to_be_bytes());
+        bytes[8..].copy_from_slice(&clusters.to_be_bytes());
+        self.write_pointer(st, MetadataKind::MAIN_HEADER, field::REFCOUNT_TABLE, &bytes)?;
+        {
+            let mut shared = self.shared.write();
+            shared.header.refcount_table_offset = offset.0;
+            shared.header.refcount_table_clusters = clusters;
+        }
+        st.refcounts.replace_table(entries, offset);
+        self.forget_overlap_map();
+        Ok(())
+    }
+}

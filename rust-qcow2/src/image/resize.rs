@@ -1,0 +1,352 @@
+//! Changing the size of the disk, and of the L1 table with it.
+
+use super::refcounts::Reason;
+use super::zero::After;
+use super::{Image, StateGuard};
+use crate::error::{Error, Result};
+use crate::format::entry::{L1Entry, L2Entry, MetadataKind};
+use crate::format::geometry::MAX_L1_BYTES;
+use crate::format::header::field;
+use crate::host::{File, Host, Preallocation, ZeroFlags};
+use crate::units::{ClusterIndex, GuestOffset, HostOffset, div_up, round_up};
+
+impl<H: Host> Image<H> {
+    /// Sets the size of the disk to `new` bytes. What is added reads as zeroes
+    /// where `zero` is set, else as in the backing file, where that is long
+    /// enough.
+    ///
+    /// # Errors
+    /// The sentences that users of QEMU know.
+    pub fn resize(
+        &self,
+        new: u64,
+        _exact: bool,
+        preallocation: Preallocation,
+        zero: bool,
+    ) -> Result<()> {
+        if new % 512 != 0 {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        let mut st = self.lock();
+        self.ensure_usable()?;
+        let old = self.size();
+        if new < old {
+            if preallocation != Preallocation::Off {
+                return Err(Error::invalid("Preallocation can't be used for shrinking an image"));
+            }
+            self.shrink(&mut st, old, new)?;
+        } else {
+            let entries = self.geometry.l1_entries_for(new);
+            self.grow_l1(&mut st, entries, true)
+                .map_err(|error| error.context("Failed to grow the L1 table"))?;
+        }
+        let mut zeroed = false;
+        match preallocation {
+            Preallocation::Off => {}
+            Preallocation::Metadata => self.preallocate_metadata(&mut st, old, new)?,
+            Preallocation::Falloc | Preallocation::Full => {
+                zeroed = self.preallocate_data(&mut st, old, new, preallocation, zero)?;
+            }
+        }
+        if zero && new > old && !zeroed {
+            st = self.zero_new_area(st, old, new)?;
+        }
+        if preallocation != Preallocation::Off {
+            self.write_back(&mut st).map_err(|error| {
+                error.context("Failed to flush the preallocated area to disk")
+            })?;
+        }
+        self.write_pointer(&mut st, MetadataKind::MAIN_HEADER, field::SIZE, &new.to_be_bytes())
+            .map_err(|error| error.context("Failed to update the image size"))?;
+        self.shared.write().header.size = new;
+        Ok(())
+    }
+
+    fn shrink(&self, st: &mut StateGuard<'_, H>, old: u64, new: u64) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let cut = round_up(new, bits);
+        self.discard_clusters(
+            st,
+            GuestOffset(cut),
+            round_up(old, bits).saturating_sub(cut),
+            Reason::Always,
+            After::Unallocated,
+        )
+        .map_err(|error| error.context("Failed to discard cropped clusters"))?;
+        self.shrink_l1(st, self.geometry.l1_entries_for(new))
+            .map_err(|error| error.context("Failed to reduce the number of L2 tables"))?;
+        self.shrink_file(st)
+            .map_err(|error| error.context("Failed to find the last cluster"))
+    }
+
+    /// Frees the L2 tables from L1 entry `keep` on. The L1 table keeps its
+    /// length.
+    pub(super) fn shrink_l1(&self, st: &mut StateGuard<'_, H>, keep: u64) -> Result<()> {
+        let before = self.l1.to_vec();
+        let Some(cut) = before.get(keep as usize..) else { return Ok(()) };
+        if cut.iter().all(|entry| *entry == 0) {
+            return Ok(());
+        }
+        // What the tables let go is durable before the tables are unlinked.
+        self.write_back(st)?;
+        let offset = self.shared.read().header.l1_table_offset + keep * 8;
+        for index in keep..before.len() as u64 {
+            self.l1.set(index, L1Entry(0));
+        }
+        let zeroes = vec![0; cut.len() * 8];
+        if let Err(error) = self.write_pointer(st, MetadataKind::ACTIVE_L1, offset, &zeroes) {
+            for (index, entry) in before.iter().enumerate() {
+                self.l1.set(index as u64, L1Entry(*entry));
+            }
+            return Err(error);
+        }
+        for entry in cut {
+            if let Some(table) = L1Entry(*entry).table() {
+                self.free(st, table, self.geometry.cluster_size(), Reason::Always);
+            }
+        }
+        self.pass_discards(st)
+    }
+
+    /// Cuts the file behind its last cluster in use.
+    pub(super) fn shrink_file(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        let file = self.host.file();
+        let length = file.length()?;
+        let end = self.used_end(st, length)?;
+        if end < length {
+            // Metadata first: nothing on disk may refer to what is cut off.
+            self.write_back(st)?;
+            file.flush()?;
+            // A file that cannot shrink costs space, nothing else.
+            let _ = file.truncate(end, false, Preallocation::Off, false);
+        }
+        Ok(())
+    }
+
+    /// The offset behind the last cluster in use of a file of `length` bytes.
+    fn used_end(&self, st: &mut StateGuard<'_, H>, length: u64) -> Result<u64> {
+        let bits = self.geometry.cluster_bits;
+        let mut cluster = div_up(length, 1 << bits);
+        while cluster > 0 {
+            let (id, _) = self.block_of(ClusterIndex(cluster - 1));
+            if st.refcounts.block_offset(id).is_none() {
+                cluster = id.0 * self.geometry.refcounts_per_block();
+                continue;
+            }
+            if self.refcount(st, ClusterIndex(cluster - 1))? != 0 {
+                return Ok(cluster << bits);
+            }
+            cluster -= 1;
+        }
+        Err(Error::errno(libc::EIO))
+    }
+
+    /// Makes the L1 table at least `entries` long, with `exact` not longer than
+    /// that.
+    pub(super) fn grow_l1(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        entries: u64,
+        exact: bool,
+    ) -> Result<()> {
+        let old = self.l1.to_vec();
+        if entries <= old.len() as u64 {
+            return Ok(());
+        }
+        let mut len = entries;
+        if !exact {
+            let mut grown = (old.len() as u64).max(1);
+            while grown < entries {
+                grown = div_up(grown * 3, 2);
+            }
+            len = grown;
+        }
+        if len > MAX_L1_BYTES / 8 {
+            return Err(Error::errno(libc::EFBIG));
+        }
+        let mut table = old.clone();
+        table.resize(len as usize, 0);
+        let offset = self.allocate(st, len * 8)?;
+        if offset.0 == 0 {
+            let message = "Preventing invalid allocation of L1 table at offset 0".to_owned();
+            return Err(self.corrupt(st, true, None, None, message));
+        }
+        let result = self.write_new_l1(st, offset, &table);
+        if result.is_err() {
+            self.free(st, offset, len * 8, Reason::Other);
+            return result;
+        }
+        let old_offset = {
+            let mut shared = self.shared.write();
+            let old_offset = shared.header.l1_table_offset;
+            shared.header.l1_table_offset = offset.0;
+            shared.header.l1_size = len as u32;
+            old_offset
+        };
+        self.l1.replace(table);
+        self.forget_overlap_map();
+        if old_offset != 0 && !old.is_empty() {
+            self.free(st, HostOffset(old_offset), old.len() as u64 * 8, Reason::Other);
+        }
+        Ok(())
+    }
+
+    fn write_new_l1(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        table: &[u64],
+    ) -> Result<()> {
+        self.write_dirty_refcounts(st)?;
+        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        self.ensure_no_overlap(st, MetadataKind::empty(), offset.0, bytes.len() as u64)?;
+        self.host.file().write(offset.0, &bytes)?;
+        let mut pointer = [0; 12];
+        pointer[..4].copy_from_slice(&(table.len() as u32).to_be_bytes());
+        pointer[4..].copy_from_slice(&offset.0.to_be_bytes());
+        self.write_pointer(st, MetadataKind::MAIN_HEADER, field::L1, &pointer)
+    }
+
+    fn preallocate_metadata(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        old: u64,
+        new: u64,
+    ) -> Result<()> {
+        if new == old {
+            return Ok(());
+        }
+        let end = self
+            .preallocate(st, GuestOffset(old), new - old)
+            .map_err(|error| error.context("Allocating clusters failed"))?;
+        // Reading what was allocated last must not go beyond the end of file.
+        let file = self.host.file();
+        let end = round_up(end.0, self.geometry.cluster_bits);
+        if file.length()? < end {
+            file.truncate(end, false, Preallocation::Off, false)?;
+        }
+        Ok(())
+    }
+
+    /// Allocates host clusters for the new area in one piece at the end of the
+    /// file, with `preallocation` below. Returns whether they read as zeroes.
+    fn preallocate_data(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        old: u64,
+        new: u64,
+        preallocation: Preallocation,
+        zero: bool,
+    ) -> Result<bool> {
+        let bits = self.geometry.cluster_bits;
+        let first = GuestOffset(old).align_down(bits);
+        let mut guest = first;
+        // A cluster that the old end cuts may be in use already.
+        if guest.0 < old {
+            let mapping = self.lookup_locked(st, guest, 1)?.mapping;
+            if mapping.is_decided() || self.host.backing().is_some() {
+                guest = guest.add(1 << bits);
+            }
+        }
+        let count = (round_up(new, bits).saturating_sub(guest.0)) >> bits;
+        if count == 0 {
+            return Ok(false);
+        }
+        let file = self.host.file();
+        // All L2 tables first, so that the data area stays in one piece.
+        let mut at = guest;
+        while at.0 < new {
+            self.entry_for_change(st, at)
+                .map_err(|error| error.context("Failed to update L2 tables"))?;
+            let span = self.geometry.l2_span_bits();
+            at = at.align_down(span).add(1 << span);
+        }
+        let start = loop {
+            let length = file.length()?;
+            let end = round_up(length, bits).max(self.used_end(st, length)?);
+            let start = HostOffset(self.used_end(st, end)?);
+            if !self.ensure_blocks(st, self.geometry.cluster_of(start), count)? {
+                break start;
+            }
+        };
+        let got = self
+            .allocate_at(st, start, count)
+            .map_err(|error| error.context("Failed to allocate data clusters"))?;
+        if got != count {
+            self.free(st, start, got << bits, Reason::Never);
+            return Err(Error::new(libc::EIO, "Failed to allocate data clusters"));
+        }
+        let end = start.add(count << bits).0;
+        let zeroed = zero && file.truncate(end, false, preallocation, true).is_ok();
+        if !zeroed {
+            if let Err(error) = file.truncate(end, false, preallocation, false) {
+                self.free(st, start, count << bits, Reason::Other);
+                return Err(Error::new(
+                    error.code(),
+                    format!("Failed to resize underlying file: {error}"),
+                ));
+            }
+        }
+        self.l2_waits_for_refcounts(st)?;
+        let mut done = 0;
+        while done < count {
+            let at = self
+                .entry_for_change(st, guest.add(done << bits))
+                .map_err(|error| error.context("Failed to update L2 tables"))?;
+            let here = (count - done).min((at.slice.len() - at.index) as u64);
+            for i in 0..here {
+                let entry = L2Entry::normal(start.add((done + i) << bits));
+                self.l2.set(&at.slice, at.index + i as usize, entry);
+            }
+            done += here;
+        }
+        if zeroed && guest.0 > old {
+            // The rest of the cluster that the old end cut.
+            self.zero_bytes(st, old, guest.0.min(new) - old)?;
+        }
+        Ok(zeroed)
+    }
+
+    fn zero_new_area<'a>(
+        &'a self,
+        mut st: StateGuard<'a, H>,
+        old: u64,
+        new: u64,
+    ) -> Result<StateGuard<'a, H>> {
+        let start = round_up(old, self.geometry.cluster_bits);
+        if new > start {
+            self.zeroize(&mut st, GuestOffset(start), new - start, ZeroFlags::default())
+                .map_err(|error| error.context("Failed to zero out new clusters"))?;
+        }
+        if start > old {
+            self.zero_bytes(&mut st, old, start.min(new) - old)
+                .map_err(|error| error.context("Failed to zero out the new area"))?;
+        }
+        Ok(st)
+    }
+
+    /// Writes zeroes over a part of one cluster, with copy-on-write.
+    fn zero_bytes(&self, st: &mut StateGuard<'_, H>, at: u64, len: u64) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let cluster = GuestOffset(at).align_down(bits);
+        let mut bytes = self.host.aligned(1 << bits)?;
+        self.read_cluster_locked(st, cluster, &mut bytes)?;
+        let first = (at - cluster.0) as usize;
+        bytes[first..first + len as usize].fill(0);
+        let end = self.preallocate(st, cluster, 1 << bits)?;
+        self.host.file().write(end.0 - (1 << bits), &bytes)?;
+        self.l2_waits_for_data(st);
+        Ok(())
+    }
+
+    fn read_cluster_locked(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        bytes: &mut [u8],
+    ) -> Result<()> {
+        // Brings the slice in, so that the read below needs no lock.
+        self.lookup_locked(st, guest, bytes.len() as u64)?;
+        self.read_bytes(guest, bytes)
+    }
+}

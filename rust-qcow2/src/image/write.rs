@@ -1,0 +1,482 @@
+//! Writing guest data: in place, or into new clusters with copy-on-write.
+
+use std::sync::Arc;
+
+use super::inflight::Token;
+use super::refcounts::Reason;
+use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
+use crate::error::{Error, Result};
+use crate::format::entry::{L2Entry, Mapping, MetadataKind};
+use crate::host::{Content, File, GuestBuf, Host, Part, Task, WaitQueue, ZeroFlags};
+use crate::units::{GuestOffset, HostOffset, round_up};
+
+/// Up to this size of the middle, both ends around it are read in one go.
+const MERGE_READ_MAX: u64 = 16 << 10;
+
+/// Guest clusters that get host clusters, from the decision until the L2
+/// entries say so. Whoever wants to change the same clusters waits.
+pub(super) struct Allocation<H: Host> {
+    /// First guest cluster.
+    start: GuestOffset,
+    /// End of the last guest cluster.
+    end: GuestOffset,
+    /// Where the clusters go.
+    host: HostOffset,
+    /// The host clusters were reserved for these guest clusters before.
+    reserved: bool,
+    done: H::WaitQueue,
+}
+
+/// Allocations under way.
+pub(super) struct PendingAllocations<H: Host>(Vec<Arc<Allocation<H>>>);
+
+impl<H: Host> Default for PendingAllocations<H> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<H: Host> PendingAllocations<H> {
+    /// The pending allocation that touches the range and begins lowest.
+    fn first_overlap(&self, start: GuestOffset, end: GuestOffset) -> Option<&Arc<Allocation<H>>> {
+        self.0
+            .iter()
+            .filter(|pending| pending.start < end && start < pending.end)
+            .min_by_key(|pending| pending.start)
+    }
+
+    fn remove(&mut self, allocation: &Arc<Allocation<H>>) {
+        self.0.retain(|other| !Arc::ptr_eq(other, allocation));
+    }
+}
+
+/// A part of a write: a run of host bytes.
+struct Piece<'a, H: Host> {
+    guest: GuestOffset,
+    len: u64,
+    host: HostOffset,
+    allocation: Option<Arc<Allocation<H>>>,
+    token: Token<'a>,
+}
+
+impl<H: Host> Image<H> {
+    /// Writes `len` bytes of guest memory from `at` on to `guest`.
+    ///
+    /// # Errors
+    /// Those of the files, `EIO` for damaged tables.
+    pub fn write(
+        &self,
+        guest: GuestOffset,
+        len: u64,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+    ) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        self.ensure_usable()?;
+        {
+            let _token = self.inflight.enter();
+            if let Some(host) = self.in_place(guest, len) {
+                return self.host.file().write_guest(host.0, buf, at, len as usize);
+            }
+        }
+        self.write_mapped(guest, len, buf, at)
+    }
+
+    /// Where `len` bytes can be written as they are, known without lock and I/O.
+    #[inline]
+    fn in_place(&self, guest: GuestOffset, len: u64) -> Option<HostOffset> {
+        let run = self.lookup_fast(guest, len)?;
+        let Mapping::Normal(host) = run.mapping else { return None };
+        let clear = self.overlap_fast(MetadataKind::empty(), host.0, len) == Some(None);
+        (run.copied && run.len == len && clear).then_some(host)
+    }
+
+    fn write_mapped(
+        &self,
+        mut guest: GuestOffset,
+        mut len: u64,
+        buf: GuestBuf<'_, H>,
+        mut at: usize,
+    ) -> Result<()> {
+        let mut failure = None;
+        while len > 0 && failure.is_none() {
+            let mut pieces = Vec::new();
+            let mut st = self.lock();
+            while len > 0 && pieces.len() < MAX_PIECES {
+                match self.plan(&mut st, guest, len, pieces.is_empty()) {
+                    Ok(Some(piece)) => {
+                        let done = piece.len;
+                        pieces.push((piece, at));
+                        guest = guest.add(done);
+                        at += done as usize;
+                        len -= done;
+                    }
+                    // Others have to get on before this; they may wait for
+                    // what is planned already, so that goes first.
+                    Ok(None) => break,
+                    Err(error) => {
+                        failure = Some(error);
+                        break;
+                    }
+                }
+            }
+            drop(st);
+            let result = self.run_pieces(pieces, buf);
+            failure = failure.or(result.err());
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn run_pieces(
+        &self,
+        mut pieces: Vec<(Piece<'_, H>, usize)>,
+        buf: GuestBuf<'_, H>,
+    ) -> Result<()> {
+        if pieces.len() <= 1 {
+            return pieces.pop().map_or(Ok(()), |(piece, at)| self.run_piece(piece, buf, at));
+        }
+        // Every piece has to run, even after a failure, to end its allocation:
+        // so the failure is kept aside.
+        let failure = parking_lot::Mutex::new(None);
+        let tasks = pieces
+            .into_iter()
+            .map(|(piece, at)| -> Task<'_> {
+                let failure = &failure;
+                Box::new(move || {
+                    if let Err(error) = self.run_piece(piece, buf, at) {
+                        failure.lock().get_or_insert(error);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        self.host.parallel(MAX_WORKERS, tasks)?;
+        failure.into_inner().map_or(Ok(()), Err)
+    }
+
+    /// Decides where the first bytes of a write go. `None` where that has to
+    /// wait for another request and `may_wait` does not allow it.
+    fn plan(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+        may_wait: bool,
+    ) -> Result<Option<Piece<'_, H>>> {
+        let bits = self.geometry.cluster_bits;
+        let Some(len) = self.await_allocations(st, guest, len, may_wait) else {
+            return Ok(None);
+        };
+        self.ensure_usable()?;
+        let token = self.inflight.enter();
+        let at = self.entry_for_change(st, guest)?;
+        let entry = at.slice.get(at.index);
+        self.ensure_good_entry(st, guest, entry)?;
+
+        // Entries that are treated alike, in this slice.
+        let room = (at.slice.len() - at.index) as u64;
+        let wanted = round_up(guest.within(bits) + len, bits) >> bits;
+        let mut count = 1;
+        while count < room.min(wanted) {
+            let next = at.slice.get(at.index + count as usize);
+            if !same_treatment(entry, next, count << bits) {
+                break;
+            }
+            count += 1;
+        }
+        let len = len.min((count << bits) - guest.within(bits));
+        let start = guest.align_down(bits);
+
+        let (host, reserved) = match entry.mapping() {
+            Mapping::Normal(host) if entry.copied() => {
+                let host = host.add(guest.within(bits));
+                self.ensure_no_overlap(st, MetadataKind::empty(), host.0, len)?;
+                return Ok(Some(Piece { guest, len, host, allocation: None, token }));
+            }
+            Mapping::ZeroAllocated(host) if entry.copied() => (host, true),
+            _ => {
+                let host = self.allocate(st, count << bits)?;
+                if host.0 == 0 {
+                    let message =
+                        "Preventing invalid allocation of data cluster at offset 0".to_owned();
+                    return Err(self.corrupt(st, true, None, None, message));
+                }
+                (host, false)
+            }
+        };
+        if let Err(error) =
+            self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)
+        {
+            return Err(error);
+        }
+        let allocation = Arc::new(Allocation {
+            start,
+            end: start.add(count << bits),
+            host,
+            reserved,
+            done: H::WaitQueue::default(),
+        });
+        st.allocations.0.push(Arc::clone(&allocation));
+        Ok(Some(Piece {
+            guest,
+            len,
+            host: host.add(guest.within(bits)),
+            allocation: Some(allocation),
+            token,
+        }))
+    }
+
+    /// Waits until no allocation is under way at `guest`, and returns how many
+    /// of the `len` bytes are clear of allocations further on.
+    fn await_allocations(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+        may_wait: bool,
+    ) -> Option<u64> {
+        let bits = self.geometry.cluster_bits;
+        let start = guest.align_down(bits);
+        loop {
+            let Some(pending) = st.allocations.first_overlap(start, guest.add(len)) else {
+                return Some(len);
+            };
+            if pending.start > start {
+                return Some(pending.start.0 - guest.0);
+            }
+            if !may_wait {
+                return None;
+            }
+            let pending = Arc::clone(pending);
+            pending.done.wait(st);
+        }
+    }
+
+    /// Waits until no allocation is under way in a range, for operations that
+    /// change mappings without writing data.
+    pub(super) fn await_all_allocations(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+    ) {
+        while let Some(pending) = st.allocations.first_overlap(guest, guest.add(len)) {
+            let pending = Arc::clone(pending);
+            pending.done.wait(st);
+        }
+    }
+
+    fn run_piece(&self, piece: Piece<'_, H>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
+        let Some(allocation) = &piece.allocation else {
+            return self.host.file().write_guest(piece.host.0, buf, at, piece.len as usize);
+        };
+        let result = self.write_new(&piece, allocation, buf, at);
+        // What this request frees need not wait for this request.
+        drop(piece.token);
+        self.end_allocation(&mut self.lock(), allocation, result)
+    }
+
+    /// Makes the L2 entries of an allocation say so, or takes it back.
+    fn end_allocation(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        allocation: &Arc<Allocation<H>>,
+        written: Result<bool>,
+    ) -> Result<()> {
+        let result = written.and_then(|copied| self.link(st, allocation, copied));
+        if result.is_err() && !allocation.reserved {
+            let len = allocation.end.0 - allocation.start.0;
+            self.free(st, allocation.host, len, Reason::Never);
+        }
+        st.allocations.remove(allocation);
+        allocation.done.wake_all();
+        result
+    }
+
+    fn link(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        allocation: &Allocation<H>,
+        copied: bool,
+    ) -> Result<()> {
+        self.ensure_usable()?;
+        let bits = self.geometry.cluster_bits;
+        if self.shared.read().options.lazy_refcounts {
+            self.mark_dirty(st)?;
+        }
+        if self.needs_accurate_refcounts() {
+            self.l2_waits_for_refcounts(st)?;
+        }
+        if copied {
+            self.l2_waits_for_data(st);
+        }
+        let at = self.entry_for_change(st, allocation.start)?;
+        let count = (allocation.end.0 - allocation.start.0) >> bits;
+        let mut replaced = Vec::new();
+        for i in 0..count {
+            let host = allocation.host.add(i << bits);
+            let index = at.index + i as usize;
+            let old = at.slice.get(index);
+            if allocation.reserved {
+                // A discard that came in between wins: the cluster is gone.
+                if old.mapping() == Mapping::ZeroAllocated(host) {
+                    self.l2.set(&at.slice, index, L2Entry::normal(host));
+                }
+                continue;
+            }
+            self.l2.set(&at.slice, index, L2Entry::normal(host));
+            if old.mapping().host_cluster().is_some() || old.is_compressed() {
+                replaced.push(old);
+            }
+        }
+        for old in replaced {
+            self.free_entry(st, old, Reason::Never);
+        }
+        Ok(())
+    }
+
+    /// Gives back what an L2 entry referred to.
+    pub(super) fn free_entry(&self, st: &mut StateGuard<'_, H>, entry: L2Entry, reason: Reason) {
+        let size = self.geometry.cluster_size();
+        match entry.mapping() {
+            Mapping::Normal(host) | Mapping::ZeroAllocated(host) => {
+                if host.is_aligned(self.geometry.cluster_bits) {
+                    self.free(st, host, size, reason);
+                } else {
+                    let message = format!("Cannot free unaligned cluster {:#x}", host.0);
+                    let _ = self.corrupt(st, false, None, None, message);
+                }
+            }
+            Mapping::Compressed => {
+                let extent = entry.compressed(self.geometry.cluster_bits);
+                self.free(st, extent.offset, extent.len, reason);
+            }
+            Mapping::Unallocated | Mapping::ZeroPlain => {}
+        }
+    }
+
+    /// Writes the data of new clusters, copied parts included. Returns whether
+    /// anything but the guest's own data had to be written.
+    fn write_new(
+        &self,
+        piece: &Piece<'_, H>,
+        allocation: &Allocation<H>,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+    ) -> Result<bool> {
+        let file = self.host.file();
+        let head = piece.guest.0 - allocation.start.0;
+        let tail_at = piece.guest.add(piece.len);
+        let tail = allocation.end.0 - tail_at.0;
+        let len = piece.len as usize;
+        if head == 0 && tail == 0 {
+            file.write_guest(piece.host.0, buf, at, len)?;
+            return Ok(false);
+        }
+        if file.zeroes_fast()
+            && self.is_zero(allocation.start, head, false)?
+            && self.is_zero(tail_at, tail, false)?
+        {
+            let flags = ZeroFlags { may_unmap: false, no_fallback: true };
+            match file.write_zeroes(allocation.host.0, head + piece.len + tail, flags) {
+                Ok(()) => {
+                    file.write_guest(piece.host.0, buf, at, len)?;
+                    return Ok(true);
+                }
+                Err(error) if [libc::ENOTSUP, libc::EAGAIN].contains(&error.code()) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let guest_part = Part::Guest { buf, at, len };
+        let (head_len, tail_len) = (head as usize, tail as usize);
+        if head > 0 && tail > 0 && piece.len <= MERGE_READ_MAX {
+            let mut whole = self.host.aligned(head_len + len + tail_len)?;
+            self.read_bytes(allocation.start, &mut whole)?;
+            let parts = [
+                Part::Bytes(&whole[..head_len]),
+                guest_part,
+                Part::Bytes(&whole[head_len + len..]),
+            ];
+            file.write_parts(allocation.host.0, &parts)?;
+        } else {
+            let mut ends = self.host.aligned(head_len + tail_len)?;
+            let (head_bytes, tail_bytes) = ends.split_at_mut(head_len);
+            self.read_bytes(allocation.start, head_bytes)?;
+            self.read_bytes(tail_at, tail_bytes)?;
+            let parts = [Part::Bytes(head_bytes), guest_part, Part::Bytes(tail_bytes)];
+            file.write_parts(allocation.host.0, &parts)?;
+        }
+        Ok(true)
+    }
+
+    /// Whether a range reads as zeroes, as far as that is known; `precise` as
+    /// in [`File::content`].
+    pub(super) fn is_zero(
+        &self,
+        mut guest: GuestOffset,
+        mut len: u64,
+        precise: bool,
+    ) -> Result<bool> {
+        while len > 0 {
+            let run = self.lookup(guest, len)?;
+            let known = match run.mapping {
+                Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => run.len,
+                Mapping::Normal(_) | Mapping::Compressed => return Ok(false),
+                Mapping::Unallocated => match self.host.backing() {
+                    None => run.len,
+                    Some(backing) => match backing.content(guest.0, run.len, precise)? {
+                        (Content::Zero, known) => known,
+                        (Content::Data, _) => return Ok(false),
+                    },
+                },
+            };
+            if known == 0 {
+                return Err(Error::errno(libc::EIO));
+            }
+            guest = guest.add(known);
+            len -= known.min(len);
+        }
+        Ok(true)
+    }
+
+    /// Gives `len` bytes from `guest` on host clusters without writing data,
+    /// for preallocation. Returns the host offset behind the last cluster.
+    pub(super) fn preallocate(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        mut guest: GuestOffset,
+        mut len: u64,
+    ) -> Result<HostOffset> {
+        let mut end = HostOffset(0);
+        while len > 0 {
+            let Some(piece) = self.plan(st, guest, len, true)? else {
+                return Err(Error::errno(libc::EAGAIN));
+            };
+            let Piece { len: done, host, allocation, token, .. } = piece;
+            drop(token);
+            if let Some(allocation) = allocation {
+                self.end_allocation(st, &allocation, Ok(false))?;
+            }
+            end = end.max(host.add(done));
+            guest = guest.add(done);
+            len -= done;
+        }
+        Ok(end)
+    }
+}
+
+/// Whether a write treats an entry like the one `distance` bytes before it.
+fn same_treatment(first: L2Entry, next: L2Entry, distance: u64) -> bool {
+    match (first.mapping(), first.copied()) {
+        (Mapping::Normal(host), true) => next == L2Entry::normal(host.add(distance)),
+        (Mapping::ZeroAllocated(host), true) => {
+            next == L2Entry::zero_allocated(host.add(distance))
+        }
+        _ => {
+            let in_place = next.copied() && next.mapping().host_cluster().is_some();
+            !in_place
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The order in which metadata reaches the file.
+//!
+//! After a crash an image may have clusters that nobody refers to (leaks) but
+//! never a reference to a cluster that may be given to somebody else, nor a
+//! mapping to data that were not written. So, of what one operation changes:
+//!
+//! 1. guest data and copied data come before the L2 entries that point there;
+//! 2. refcounts that grow come before the L2 entries that need them;
+//! 3. L2 entries that let a cluster go come before the refcounts that shrink;
+//! 4. tables come before the L1 entries, refcount table entries and header
+//!    fields that point to them.
+//!
+//! The first three are kept here, for tables that wait in caches: [`Order`]
+//! remembers which cache has to be on disk before the other may be written,
+//! and every write of a cached table goes through [`Image::write_slice`] or
+//! [`Image::write_refcount_block`]. The fourth is kept by writing table, then
+//! flushing, then writing the pointer: [`Image::write_pointer`].
+
+use std::sync::Arc;
+
+use super::refcounts::BlockId;
+use super::{Image, StateGuard};
+use crate::cache::l2::L2Slice;
+use crate::error::Result;
+use crate::format::entry::MetadataKind;
+use crate::host::{File, Host};
+
+/// What has to be durable before cached tables may be written.
+///
+/// At most one of the two caches waits for the other.
+#[derive(Debug, Default)]
+pub(super) struct Order {
+    /// L2 slices wait for all refcount blocks that are dirty.
+    l2_after_refcounts: bool,
+    /// L2 slices wait for data that were written without a flush.
+    l2_after_data: bool,
+    /// Refcount blocks wait for all L2 slices that are dirty.
+    refcounts_after_l2: bool,
+}
+
+impl<H: Host> Image<H> {
+    /// From now on no L2 slice is written before the refcounts as they are now.
+    pub(super) fn l2_waits_for_refcounts(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.order.refcounts_after_l2 {
+            self.settle_refcounts(st)?;
+        }
+        st.order.l2_after_refcounts = true;
+        Ok(())
+    }
+
+    /// From now on no L2 slice is written before the data written so far.
+    pub(super) fn l2_waits_for_data(&self, st: &mut StateGuard<'_, H>) {
+        st.order.l2_after_data = true;
+    }
+
+    /// From now on no refcount block is written before the L2 slices as they
+    /// are now.
+    pub(super) fn refcounts_wait_for_l2(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.order.l2_after_refcounts {
+            self.settle_l2(st)?;
+        }
+        st.order.refcounts_after_l2 = true;
+        Ok(())
+    }
+
+    /// Makes durable what L2 slices wait for.
+    fn settle_l2(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.order.l2_after_refcounts {
+            for id in st.refcounts.dirty_blocks() {
+                self.put_refcount_block(st, id)?;
+            }
+        } else if !st.order.l2_after_data {
+            return Ok(());
+        }
+        self.host.file().flush()?;
+        st.order.l2_after_refcounts = false;
+        st.order.l2_after_data = false;
+        Ok(())
+    }
+
+    /// Makes durable what refcount blocks wait for.
+    fn settle_refcounts(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.order.refcounts_after_l2 {
+            if st.order.l2_after_data {
+                self.host.file().flush()?;
+                st.order.l2_after_data = false;
+            }
+            for slice in self.l2.dirty() {
+                self.put_slice(st, &slice)?;
+            }
+            self.host.file().flush()?;
+            st.order.refcounts_after_l2 = false;
+        }
+        Ok(())
+    }
+
+    /// Writes one L2 slice, after what it waits for.
+    pub(super) fn write_slice(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        slice: &Arc<L2Slice>,
+    ) -> Result<()> {
+        self.settle_l2(st)?;
+        self.put_slice(st, slice)
+    }
+
+    /// Writes one refcount block, after what it waits for.
+    pub(super) fn write_refcount_block(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        id: BlockId,
+    ) -> Result<()> {
+        self.settle_refcounts(st)?;
+        self.put_refcount_block(st, id)
+    }
+
+    /// Writes all dirty tables, each after what it waits for. Refcounts of an
+    /// image whose dirty bit is set stay in memory: they are rebuilt anyway.
+    pub(super) fn write_back(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if !self.l2.is_clean() {
+            self.settle_l2(st)?;
+            for slice in self.l2.dirty() {
+                self.put_slice(st, &slice)?;
+            }
+        }
+        if self.needs_accurate_refcounts() {
+            let dirty = st.refcounts.dirty_blocks();
+            if !dirty.is_empty() {
+                self.settle_refcounts(st)?;
+                for id in dirty {
+                    self.put_refcount_block(st, id)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Image::write_back`] and a flush of the file, refcounts included.
+    pub(super) fn write_back_all(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.write_back(st)?;
+        for id in st.refcounts.dirty_blocks() {
+            self.write_refcount_block(st, id)?;
+        }
+        self.host.file().flush()
+    }
+
+    /// Writes something that points to a table, between two flushes: what it
+    /// points to is durable before, and the pointer itself after.
+    pub(super) fn write_pointer(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        kind: MetadataKind,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
+        self.ensure_no_overlap(st, kind, offset, bytes.len() as u64)?;
+        let file = self.host.file();
+        file.flush()?;
+        file.write(offset, bytes)?;
+        file.flush()
+    }
+
+    fn put_slice(&self, st: &mut StateGuard<'_, H>, slice: &Arc<L2Slice>) -> Result<()> {
+        if !slice.is_dirty() {
+            return Ok(());
+        }
+        let len = slice.len() * 8;
+        self.ensure_no_overlap(st, MetadataKind::ACTIVE_L2, slice.offset().0, len as u64)?;
+        let mut bytes = self.host.aligned(len)?;
+        slice.to_bytes(&mut bytes);
+        self.host.file().write(slice.offset().0, &bytes)?;
+        self.l2.mark_clean(slice);
+        Ok(())
+    }
+
+    fn put_refcount_block(&self, st: &mut StateGuard<'_, H>, id: BlockId) -> Result<()> {
+        let Some(offset) = st.refcounts.block_offset(id) else { return Ok(()) };
+        let len = self.geometry.cluster_size();
+        self.ensure_no_overlap(st, MetadataKind::REFCOUNT_BLOCK, offset.0, len)?;
+        let Some(bytes) = st.refcounts.dirty_bytes(id) else { return Ok(()) };
+        self.host.file().write(offset.0, bytes)?;
+        st.refcounts.mark_clean(id);
+        Ok(())
+    }
+}

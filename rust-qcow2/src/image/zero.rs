@@ -1,0 +1,209 @@
+//! Write zeroes, discard, and emptying an image: changes of mappings without
+//! data.
+
+use super::refcounts::Reason;
+use super::{Image, StateGuard};
+use crate::error::{Error, Result};
+use crate::format::entry::{L2Entry, Mapping};
+use crate::host::{File, Host, ZeroFlags};
+use crate::units::{GuestOffset, round_up};
+
+/// How a discarded cluster reads afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// As zeroes, where the version can say so.
+    Zeroes,
+    /// As in the backing file.
+    Unallocated,
+}
+
+/// How one L2 entry changes.
+struct NewEntry {
+    entry: L2Entry,
+    /// The host cluster is given back.
+    free: bool,
+}
+
+impl<H: Host> Image<H> {
+    /// Makes a range read as zeroes. Only whole clusters get the zero flag; a
+    /// range within one cluster is served where the rest of the cluster reads
+    /// as zeroes already.
+    ///
+    /// # Errors
+    /// `ENOTSUP` where zeroes have to be written instead.
+    pub fn write_zeroes(&self, guest: GuestOffset, len: u64, flags: ZeroFlags) -> Result<()> {
+        self.ensure_usable()?;
+        let bits = self.geometry.cluster_bits;
+        let size = self.size();
+        let end = guest.0 + len;
+        let head = guest.within(bits);
+        let tail = if end == size { 0 } else { round_up(end, bits) - end };
+        if head == 0 && tail == 0 {
+            let mut st = self.lock();
+            return self.zeroize(&mut st, guest, len, flags);
+        }
+        let start = guest.align_down(bits);
+        let clear = |at: u64, len: u64| {
+            self.is_zero(GuestOffset(at), len.min(size.saturating_sub(at)), true)
+        };
+        if !(clear(start.0, head)? && clear(end, tail)?) {
+            return Err(Error::errno(libc::ENOTSUP));
+        }
+        let mut st = self.lock();
+        self.await_all_allocations(&mut st, start, 1 << bits);
+        let run = self.lookup_locked(&mut st, start, 1 << bits)?;
+        match run.mapping {
+            Mapping::Unallocated | Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => {
+                self.zeroize(&mut st, start, 1 << bits, flags)
+            }
+            _ => Err(Error::errno(libc::ENOTSUP)),
+        }
+    }
+
+    /// Sets the zero flag on whole clusters; the last one may be cut by the end
+    /// of the disk.
+    pub(super) fn zeroize(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<()> {
+        if self.geometry.version < 3 {
+            // No zero flag there; without a backing file unallocated will do.
+            if self.host.backing().is_none() {
+                return self.discard_clusters(st, guest, len, Reason::Request, After::Zeroes);
+            }
+            return Err(Error::errno(libc::ENOTSUP));
+        }
+        let keep = self.shared.read().options.discard_no_unref;
+        self.change_entries(st, guest, len, Reason::Request, |old| {
+            let mapping = old.mapping();
+            let allocated = !matches!(mapping, Mapping::Unallocated | Mapping::ZeroPlain);
+            let unmap = mapping == Mapping::Compressed || (flags.may_unmap && allocated);
+            let keep = keep && mapping != Mapping::Compressed;
+            let entry = match mapping.host_cluster() {
+                Some(_) if !unmap || keep => L2Entry(old.0 | L2Entry::ZERO_PLAIN.0),
+                _ => L2Entry::ZERO_PLAIN,
+            };
+            NewEntry { entry, free: unmap && !keep }
+        })
+    }
+
+    /// Gives a range of guest clusters back; they read as zeroes afterwards.
+    ///
+    /// # Errors
+    /// `ENOTSUP` for parts of clusters, and where the version has no way to
+    /// keep the backing file from shining through.
+    pub fn discard(&self, guest: GuestOffset, len: u64) -> Result<()> {
+        self.ensure_usable()?;
+        let bits = self.geometry.cluster_bits;
+        if self.geometry.version < 3 && self.host.backing().is_some() {
+            return Err(Error::errno(libc::ENOTSUP));
+        }
+        let end = guest.add(len);
+        if !guest.is_aligned(bits) || !(end.is_aligned(bits) || end.0 == self.size()) {
+            return Err(Error::errno(libc::ENOTSUP));
+        }
+        let mut st = self.lock();
+        self.discard_clusters(&mut st, guest, len, Reason::Request, After::Zeroes)
+    }
+
+    pub(super) fn discard_clusters(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+        reason: Reason,
+        after: After,
+    ) -> Result<()> {
+        let has_backing = self.host.backing().is_some();
+        let can_zero = self.geometry.version >= 3;
+        let keep = self.shared.read().options.discard_no_unref
+            && after == After::Zeroes
+            && reason == Reason::Request;
+        self.reclaim(st)?;
+        let result = self.change_entries(st, guest, len, reason, |old| {
+            let mapping = old.mapping();
+            let keep = keep && mapping != Mapping::Compressed;
+            let allocated = !matches!(mapping, Mapping::Unallocated | Mapping::ZeroPlain);
+            let entry = match after {
+                After::Unallocated => L2Entry::UNALLOCATED,
+                After::Zeroes if !(has_backing || allocated) => old,
+                After::Zeroes if !can_zero => L2Entry::UNALLOCATED,
+                After::Zeroes if keep => L2Entry(old.0 | L2Entry::ZERO_PLAIN.0),
+                After::Zeroes => L2Entry::ZERO_PLAIN,
+            };
+            NewEntry { entry, free: !keep }
+        });
+        result.and(self.pass_discards(st))
+    }
+
+    /// Passes all L2 entries of a range through `change`, slice by slice: first
+    /// the entry, then the refcount.
+    fn change_entries(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        mut guest: GuestOffset,
+        len: u64,
+        reason: Reason,
+        change: impl Fn(L2Entry) -> NewEntry,
+    ) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        self.await_all_allocations(st, guest, len);
+        self.ensure_usable()?;
+        let mut count = round_up(len, bits) >> bits;
+        while count > 0 {
+            let missing = self.l1.get(self.geometry.l1_index(guest)).table().is_none();
+            if missing && change(L2Entry::UNALLOCATED).entry == L2Entry::UNALLOCATED {
+                let table = self.geometry.l2_entries() - self.geometry.l2_index(guest);
+                let skip = table.min(count);
+                guest = guest.add(skip << bits);
+                count -= skip;
+                continue;
+            }
+            let at = self.entry_for_change(st, guest)?;
+            let here = count.min((at.slice.len() - at.index) as u64);
+            for i in 0..here {
+                let index = at.index + i as usize;
+                let old = at.slice.get(index);
+                let new = change(old);
+                if new.entry == old {
+                    continue;
+                }
+                self.l2.set(&at.slice, index, new.entry);
+                if new.free {
+                    self.free_entry(st, old, reason);
+                } else if let Some(host) = old.mapping().host_cluster() {
+                    // The reference stays, the space goes.
+                    let options = self.shared.read().options;
+                    if options.discard_no_unref
+                        && options.discard_request
+                        && reason == Reason::Request
+                        && new.entry.has_zero_flag()
+                    {
+                        let _ = self.host.file().discard(host.0, self.geometry.cluster_size());
+                    }
+                }
+            }
+            guest = guest.add(here << bits);
+            count -= here;
+        }
+        Ok(())
+    }
+
+    /// Empties the image: everything reads as in the backing file, and the
+    /// file shrinks to what an empty image needs.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn make_empty(&self) -> Result<()> {
+        let mut st = self.lock();
+        self.ensure_usable()?;
+        let size = round_up(self.size(), self.geometry.cluster_bits);
+        self.discard_clusters(&mut st, GuestOffset(0), size, Reason::Snapshot, After::Unallocated)?;
+        self.shrink_l1(&mut st, 0)?;
+        self.shrink_file(&mut st)?;
+        self.write_back(&mut st)
+    }
+}
