@@ -216,11 +216,16 @@ impl<H: Host> Image<H> {
         if new == old {
             return Ok(());
         }
-        let end = self
-            .preallocate(st, GuestOffset(old), new - old)
-            .map_err(|error| error.context("Allocating clusters failed"))?;
-        // Reading what was allocated last must not go beyond the end of file.
+        // Only space that the file gains now: a cluster that was in use before
+        // would show its old content.
         let file = self.host.file();
+        let fresh = div_up(file.length()?, self.geometry.cluster_size());
+        let hint = st.refcounts.free_hint;
+        st.refcounts.free_hint = hint.max(fresh);
+        let result = self.preallocate(st, GuestOffset(old), new - old);
+        st.refcounts.free_hint = hint;
+        let end = result.map_err(|error| error.context("Allocating clusters failed"))?;
+        // Reading what was allocated last must not go beyond the end of file.
         let end = round_up(end.0, self.geometry.cluster_bits);
         if file.length()? < end {
             file.truncate(end, false, Preallocation::Off, false)?;
@@ -262,9 +267,9 @@ impl<H: Host> Image<H> {
             at = at.align_down(span).add(1 << span);
         }
         let start = loop {
-            let length = file.length()?;
-            let end = round_up(length, bits).max(self.used_end(st, length)?);
-            let start = HostOffset(self.used_end(st, end)?);
+            // What lies behind the last cluster in use may be old data.
+            self.shrink_file(st)?;
+            let start = HostOffset(self.used_end(st, file.length()?)?);
             if !self.ensure_blocks(st, self.geometry.cluster_of(start), count)? {
                 break start;
             }
