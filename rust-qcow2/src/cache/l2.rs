@@ -160,7 +160,10 @@ impl L2Cache {
                 continue;
             }
             if slice.is_dirty() {
-                return Room::Dirty(Arc::clone(slice));
+                let victim = Arc::clone(slice);
+                // It is the next to go, once it is written.
+                inner.hand = hand;
+                return Room::Dirty(victim);
             }
             inner.remove_slot(hand);
         }
@@ -228,6 +231,12 @@ impl L2Cache {
         inner.slots.clear();
         inner.dirty.clear();
         inner.hand = 0;
+    }
+
+    /// Changes the number of slices. What is too much goes with the next ones
+    /// that come in.
+    pub fn set_capacity(&self, capacity: usize) {
+        self.inner.lock().capacity = capacity.max(2);
     }
 
     /// Changes the sizes; a cache whose slices change is emptied, so it has to

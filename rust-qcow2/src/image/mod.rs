@@ -34,6 +34,8 @@ mod write;
 mod writeback;
 mod zero;
 
+use std::sync::OnceLock;
+
 use lock_api::{Mutex, MutexGuard};
 use parking_lot::RwLock;
 
@@ -68,6 +70,9 @@ pub struct Image<H: Host> {
     overlap: RwLock<Option<overlap::MetadataMap>>,
     /// Requests that use host offsets they have looked up.
     inflight: InFlight,
+    /// Whether far fewer clusters are allocated on the storage than counted:
+    /// known after the first block status.
+    sparse: OnceLock<bool>,
     /// What a person may ask for at any time; no lock is held across I/O.
     shared: RwLock<Shared>,
     /// The metadata lock.
@@ -81,6 +86,9 @@ struct Shared {
     backing_file: Option<String>,
     flags: OpenFlags,
     options: Options,
+    /// What the user asked for; it depends on the size of the disk what that
+    /// amounts to.
+    request: OptionRequest,
     /// A fatal corruption was met: nothing may be done with the image.
     broken: bool,
     /// A corruption was reported to the user already.
@@ -179,11 +187,12 @@ impl<H: Host> Image<H> {
 
     /// Puts options and flags in force; no request is in flight. Cached tables
     /// that are dirty have been written before ([`Image::flush`]).
-    pub fn apply_options(&self, flags: OpenFlags, options: Options) {
+    pub fn apply_options(&self, flags: OpenFlags, request: &OptionRequest, options: Options) {
         {
             let mut shared = self.shared.write();
             shared.flags = flags;
             shared.options = options;
+            shared.request = request.clone();
         }
         self.l2.resize(options.caches.l2_slices, options.caches.l2_slice_size);
     }

@@ -67,7 +67,6 @@ pub(super) struct Refcounts<H: Host> {
     table: Vec<u64>,
     table_offset: HostOffset,
     blocks: FxHashMap<BlockId, Block<H>>,
-    capacity: usize,
     /// Counts lookups of blocks, to find the one not used for longest.
     clock: u64,
     /// No cluster below this one is free, as far as is worth knowing.
@@ -77,12 +76,11 @@ pub(super) struct Refcounts<H: Host> {
 }
 
 impl<H: Host> Refcounts<H> {
-    pub(super) fn new(table: Vec<u64>, table_offset: HostOffset, capacity: usize) -> Self {
+    pub(super) fn new(table: Vec<u64>, table_offset: HostOffset) -> Self {
         Self {
             table,
             table_offset,
             blocks: FxHashMap::default(),
-            capacity: capacity.max(2),
             clock: 0,
             free_hint: 0,
             discards: Vec::new(),
@@ -147,10 +145,6 @@ impl<H: Host> Refcounts<H> {
     pub(super) fn insert_block(&mut self, id: BlockId, bytes: H::Aligned) {
         self.clock += 1;
         self.blocks.insert(id, Block { bytes, dirty: false, used: self.clock });
-    }
-
-    pub(super) fn set_capacity(&mut self, capacity: usize) {
-        self.capacity = capacity.max(2);
     }
 
     fn oldest(&self) -> Option<BlockId> {
@@ -237,7 +231,8 @@ impl<H: Host> Image<H> {
     }
 
     pub(super) fn make_room_for_block(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        while st.refcounts.blocks.len() >= st.refcounts.capacity {
+        let capacity = self.shared.read().options.caches.refcount_blocks;
+        while st.refcounts.blocks.len() >= capacity {
             let Some(victim) = st.refcounts.oldest() else { break };
             self.write_refcount_block(st, victim)?;
             st.refcounts.blocks.remove(&victim);

@@ -2,7 +2,7 @@
 
 use super::refcounts::Reason;
 use super::zero::After;
-use super::{Image, StateGuard};
+use super::{Image, Options, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, MetadataKind};
 use crate::format::geometry::MAX_L1_BYTES;
@@ -59,6 +59,22 @@ impl<H: Host> Image<H> {
         self.write_pointer(&mut st, MetadataKind::MAIN_HEADER, field::SIZE, &new.to_be_bytes())
             .map_err(|error| error.context("Failed to update the image size"))?;
         self.shared.write().header.size = new;
+        self.adapt_caches()
+    }
+
+    /// Fits the number of slices in the cache to the size of the disk. Slices
+    /// keep their size, as others are looking things up in them.
+    fn adapt_caches(&self) -> Result<()> {
+        let slices = {
+            let mut shared = self.shared.write();
+            let new = Options::resolve(&shared.header, shared.flags, &shared.request)?.caches;
+            let bytes = new.l2_slices * new.l2_slice_size;
+            let caches = &mut shared.options.caches;
+            caches.l2_slices = (bytes / caches.l2_slice_size).max(2);
+            caches.refcount_blocks = new.refcount_blocks;
+            caches.l2_slices
+        };
+        self.l2.set_capacity(slices);
         Ok(())
     }
 

@@ -1,10 +1,10 @@
 //! What is where: block status.
 
-use super::Image;
+use super::{Image, StateGuard};
 use crate::error::Result;
 use crate::format::entry::Mapping;
-use crate::host::Host;
-use crate::units::{GuestOffset, HostOffset};
+use crate::host::{File, Host};
+use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
 /// A range of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,9 @@ pub struct BlockStatus {
     pub len: u64,
     /// What they are.
     pub kind: StatusKind,
+    /// Data may be a hole in the file: it has to be asked (clusters were
+    /// preallocated without writing to them).
+    pub sparse: bool,
 }
 
 /// What guest bytes are in one image.
@@ -62,6 +65,55 @@ impl<H: Host> Image<H> {
             }
             len_known += next.len;
         }
-        Ok(BlockStatus { len: len_known, kind })
+        let sparse = matches!(kind, StatusKind::Data(_)) && self.is_sparse()?;
+        Ok(BlockStatus { len: len_known, kind, sparse })
+    }
+
+    /// Whether notably more clusters are counted than the storage holds. Looked
+    /// up once, with every refcount block.
+    fn is_sparse(&self) -> Result<bool> {
+        if let Some(known) = self.sparse.get() {
+            return Ok(*known);
+        }
+        let mut st = self.lock();
+        let sparse = match self.host.file().allocated() {
+            None => false,
+            Some(allocated) => {
+                let size = self.geometry.cluster_size();
+                let stored = allocated.div_ceil(size);
+                let threshold = (stored * 10 / 9).max(stored + 2);
+                let end = self.host.file().length()?.div_ceil(size);
+                self.counted_clusters_exceed(&mut st, end, threshold)?
+            }
+        };
+        Ok(*self.sparse.get_or_init(|| sparse))
+    }
+
+    fn counted_clusters_exceed(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        end: u64,
+        threshold: u64,
+    ) -> Result<bool> {
+        if end <= threshold {
+            return Ok(false);
+        }
+        let mut counted = 0;
+        let mut cluster = 0;
+        while cluster < end {
+            let (id, _) = self.block_of(ClusterIndex(cluster));
+            if st.refcounts.block_offset(id).is_none() {
+                cluster = (id.0 + 1) * self.geometry.refcounts_per_block();
+                continue;
+            }
+            if self.refcount(st, ClusterIndex(cluster))? != 0 {
+                counted += 1;
+                if counted > threshold {
+                    return Ok(true);
+                }
+            }
+            cluster += 1;
+        }
+        Ok(false)
     }
 }

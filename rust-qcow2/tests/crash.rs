@@ -1,0 +1,172 @@
+//! Crashes: whatever part of the writes since the last flush of the file gets
+//! lost, the image has no corruption, only leaks, and everything that the guest
+//! flushed is there.
+
+mod common;
+
+use std::collections::HashSet;
+
+use common::{Shape, create, open, read, write};
+use proptest::prelude::*;
+use rust_qcow2::host::memory::{Event, MemoryFile, MemoryHost};
+use rust_qcow2::host::{File, ZeroFlags};
+use rust_qcow2::image::check::Fix;
+use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
+use rust_qcow2::units::GuestOffset;
+
+const SIZE: u64 = 64 << 10;
+const SECTOR: u64 = 512;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write { sector: u64, count: u64 },
+    Zeroes { sector: u64, count: u64 },
+    Discard { sector: u64, count: u64 },
+    Flush,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let range = (0..SIZE / SECTOR, 1..24u64);
+    prop_oneof![
+        6 => range.clone().prop_map(|(sector, count)| Op::Write { sector, count }),
+        2 => range.clone().prop_map(|(sector, count)| Op::Zeroes { sector, count }),
+        2 => range.prop_map(|(sector, count)| Op::Discard { sector, count }),
+        2 => Just(Op::Flush),
+    ]
+}
+
+/// What the guest may rely on after a flush, and from which event on.
+struct Durable {
+    event: usize,
+    content: Vec<u8>,
+}
+
+/// The file after a crash: all up to the last flush before `end`, then each
+/// write or not as `kept` says.
+fn crashed(start: &[u8], events: &[Event], mut kept: impl FnMut() -> bool) -> Vec<u8> {
+    let settled = events.iter().rposition(|event| *event == Event::Flush).unwrap_or(0);
+    let mut bytes = start.to_vec();
+    for (i, event) in events.iter().enumerate() {
+        match event {
+            Event::Write(offset, data) if i < settled || kept() => {
+                let end = *offset as usize + data.len();
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                bytes[*offset as usize..end].copy_from_slice(data);
+            }
+            Event::Truncate(len) if i < settled || kept() => bytes.resize(*len as usize, 0),
+            _ => {}
+        }
+    }
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_crash_loses_nothing_that_was_flushed(
+        order in 0..=6u32,
+        cluster_bits in 9..=11u32,
+        lazy: bool,
+        small: bool,
+        ops in prop::collection::vec(op(), 1..40),
+        cut in 0.0..1.0f64,
+        mut luck: u64,
+    ) {
+        let shape = Shape { version: 3, cluster_bits, refcount_order: order, lazy_refcounts: lazy };
+        let options = OptionRequest {
+            l2_cache_size: small.then_some(1024),
+            l2_cache_entry_size: small.then_some(512),
+            ..Default::default()
+        };
+        let file = create(shape, SIZE);
+        let start = file.bytes();
+        let _ = file.take_events();
+        let image = open(&file, None, &options);
+        let mut events = file.take_events();
+        let mut model = vec![0u8; SIZE as usize];
+        let mut durable = vec![Durable { event: 0, content: model.clone() }];
+        // Sectors changed, with the event count at the begin of the change.
+        let mut touched: Vec<(usize, u64)> = Vec::new();
+
+        for (i, op) in ops.iter().enumerate() {
+            let clip = |sector: u64, count: u64| {
+                let at = sector * SECTOR;
+                (at, (count * SECTOR).min(SIZE - at))
+            };
+            let mut touch = |at: u64, len: u64| {
+                touched.extend((at / SECTOR..(at + len) / SECTOR).map(|s| (events.len(), s)));
+            };
+            match *op {
+                Op::Write { sector, count } => {
+                    let (at, len) = clip(sector, count);
+                    touch(at, len);
+                    let byte = (i % 255) as u8 + 1;
+                    write(&image, at, &vec![byte; len as usize]).unwrap();
+                    model[at as usize..(at + len) as usize].fill(byte);
+                }
+                Op::Zeroes { sector, count } => {
+                    let cluster = 1u64 << cluster_bits;
+                    let (at, len) = clip(sector, count);
+                    let (at, end) = (at / cluster * cluster, (at + len).next_multiple_of(cluster));
+                    touch(at, end - at);
+                    let flags = ZeroFlags { may_unmap: i % 2 == 0, no_fallback: false };
+                    image.write_zeroes(GuestOffset(at), end - at, flags).unwrap();
+                    model[at as usize..end as usize].fill(0);
+                }
+                Op::Discard { sector, count } => {
+                    let cluster = 1u64 << cluster_bits;
+                    let (at, len) = clip(sector, count);
+                    let (at, end) = (at / cluster * cluster, (at + len).next_multiple_of(cluster));
+                    touch(at, end - at);
+                    image.discard(GuestOffset(at), end - at).unwrap();
+                    model[at as usize..end as usize].fill(0);
+                }
+                Op::Flush => {
+                    image.flush().unwrap();
+                    file.flush().unwrap();
+                }
+            }
+            events.extend(file.take_events());
+            if matches!(op, Op::Flush) {
+                durable.push(Durable { event: events.len(), content: model.clone() });
+            }
+        }
+
+        let end = (events.len() as f64 * cut) as usize;
+        let bytes = crashed(&start, &events[..end], || {
+            luck = luck.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            luck >> 63 == 1
+        });
+
+        let survivor = MemoryFile::new(bytes);
+        let host = MemoryHost { file: survivor.clone(), ..Default::default() };
+        let flags = OpenFlags { writable: true, check: true, ..Default::default() };
+        let after = Image::open(host, flags, &options).unwrap();
+        let dirty = after.info().dirty;
+        if dirty {
+            prop_assert!(lazy);
+            let fix = Fix { leaks: true, errors: true };
+            after.check(fix, &mut |_| ()).unwrap();
+        }
+        let report = after.check(Fix::default(), &mut |line| println!("{line}")).unwrap();
+        prop_assert_eq!((report.corruptions, report.check_errors), (0, 0));
+
+        let known = durable.iter().rfind(|known| known.event <= end).unwrap();
+        let since: HashSet<u64> = touched
+            .iter()
+            .filter(|(event, _)| *event >= known.event && *event <= end)
+            .map(|(_, sector)| *sector)
+            .collect();
+        let got = read(&after, 0, SIZE as usize);
+        for sector in (0..SIZE / SECTOR).filter(|sector| !since.contains(sector)) {
+            let range = (sector * SECTOR) as usize..((sector + 1) * SECTOR) as usize;
+            prop_assert!(
+                got[range.clone()] == known.content[range],
+                "sector {} changed though it was flushed", sector
+            );
+        }
+    }
+}
