@@ -63,6 +63,7 @@ class Guest:
             command += ['-cpu', 'host']
         self.qemu_log.write((' '.join(command) + '\n').encode())
         self.qemu_log.flush()
+        self.said_from = self.qemu_log.tell()
         self.process = subprocess.Popen(
             command, cwd=args.dir, stdin=subprocess.DEVNULL,
             stdout=self.qemu_log, stderr=subprocess.STDOUT)
@@ -88,6 +89,12 @@ class Guest:
         if self.process:
             self.process.wait()
         shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def qemu_said(self):
+        """The last lines QEMU printed."""
+        with open(self.qemu_log.name, encoding='utf-8', errors='replace') as file:
+            file.seek(self.said_from)
+            return file.read().splitlines()[-3:]
 
     def _read(self, deadline):
         """The next console line; None at the end of the console."""
@@ -328,6 +335,8 @@ def main():
     if failure:
         print(f'FAIL: {failure}')
     if failure or guest.wrong:
+        for line in guest.qemu_said():
+            print(f'      QEMU: {line}')
         print(f'      see console.log, qmp.log and qemu.log in {args.logs}')
         sys.exit(1)
 

@@ -51,7 +51,7 @@ class Checks:
     def report(self, what, problems):
         if problems:
             self.failed += 1
-            print(f'FAIL: {what}')
+            print(f'FAIL: does not hold: {what}')
             for problem in problems[:10]:
                 print(f'      {problem}')
                 self.log.write(f'FAIL: {what}: {problem}\n')
