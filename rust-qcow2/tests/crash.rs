@@ -44,7 +44,10 @@ struct Durable {
 /// The file after a crash: all up to the last flush before `end`, then each
 /// write or not as `kept` says.
 fn crashed(start: &[u8], events: &[Event], mut kept: impl FnMut() -> bool) -> Vec<u8> {
-    let settled = events.iter().rposition(|event| *event == Event::Flush).unwrap_or(0);
+    let settled = events
+        .iter()
+        .rposition(|event| *event == Event::Flush)
+        .unwrap_or(0);
     let mut bytes = start.to_vec();
     for (i, event) in events.iter().enumerate() {
         match event {

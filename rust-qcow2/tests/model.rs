@@ -6,16 +6,31 @@ use common::{Shape, create, open, read, write};
 use proptest::prelude::*;
 use rust_qcow2::host::memory::MemoryFile;
 use rust_qcow2::host::{Preallocation, ZeroFlags};
-use rust_qcow2::image::check::Fix;
 use rust_qcow2::image::OptionRequest;
+use rust_qcow2::image::check::Fix;
 use rust_qcow2::units::GuestOffset;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Write { at: u64, len: u64, byte: u8 },
-    Zeroes { at: u64, len: u64, unmap: bool },
-    Discard { at: u64, len: u64 },
-    Resize { size: u64, preallocation: Preallocation, zero: bool },
+    Write {
+        at: u64,
+        len: u64,
+        byte: u8,
+    },
+    Zeroes {
+        at: u64,
+        len: u64,
+        unmap: bool,
+    },
+    Discard {
+        at: u64,
+        len: u64,
+    },
+    Resize {
+        size: u64,
+        preallocation: Preallocation,
+        zero: bool,
+    },
     Flush,
     Reopen,
     MakeEmpty,

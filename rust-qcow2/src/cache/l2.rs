@@ -7,7 +7,7 @@
 //! the lookup had happened before the eviction.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
@@ -88,6 +88,8 @@ impl L2Slice {
 
 /// The slices of one image.
 pub struct L2Cache {
+    /// Bytes of a slice. Changes only while no request is in flight.
+    slice_size: AtomicUsize,
     inner: Mutex<Inner>,
 }
 
@@ -98,7 +100,6 @@ struct Inner {
     dirty: Vec<Arc<L2Slice>>,
     hand: usize,
     capacity: usize,
-    slice_size: usize,
 }
 
 /// What [`L2Cache::make_room`] found.
@@ -115,21 +116,22 @@ impl L2Cache {
     #[must_use]
     pub fn new(capacity: usize, slice_size: usize) -> Self {
         Self {
+            slice_size: AtomicUsize::new(slice_size),
             inner: Mutex::new(Inner {
                 map: FxHashMap::default(),
                 slots: Vec::new(),
                 dirty: Vec::new(),
                 hand: 0,
                 capacity: capacity.max(2),
-                slice_size,
             }),
         }
     }
 
     /// Bytes of a slice.
+    #[inline]
     #[must_use]
     pub fn slice_size(&self) -> usize {
-        self.inner.lock().slice_size
+        self.slice_size.load(Ordering::Relaxed)
     }
 
     /// The slice at `offset`, if it is here.
@@ -218,7 +220,7 @@ impl L2Cache {
     /// table is gone.
     pub fn discard(&self, offset: HostOffset, len: u64) {
         let mut inner = self.inner.lock();
-        let step = inner.slice_size as u64;
+        let step = self.slice_size() as u64;
         for at in (offset.0..offset.0.saturating_add(len)).step_by(step as usize) {
             inner.remove(HostOffset(at));
         }
@@ -245,8 +247,8 @@ impl L2Cache {
         let mut inner = self.inner.lock();
         debug_assert!(inner.dirty.is_empty());
         inner.capacity = capacity.max(2);
-        if inner.slice_size != slice_size || inner.slots.len() > inner.capacity {
-            inner.slice_size = slice_size;
+        let before = self.slice_size.swap(slice_size, Ordering::Relaxed);
+        if before != slice_size || inner.slots.len() > inner.capacity {
             inner.map.clear();
             inner.slots.clear();
             inner.hand = 0;

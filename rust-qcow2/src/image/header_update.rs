@@ -1,5 +1,7 @@
 //! Changing the header: state bits, backing file.
 
+use std::sync::atomic::Ordering;
+
 use super::{Image, Shared, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
@@ -99,7 +101,7 @@ impl<H: Host> Image<H> {
             }
         }
         if fatal {
-            self.shared.write().broken = true;
+            self.set_broken();
         }
         self.host.report_corruption(&Corruption { fatal, offset, size, message });
         Error::errno(libc::EIO)
@@ -127,12 +129,12 @@ impl<H: Host> Image<H> {
     /// Whether a fatal corruption or a failure in the driver has ended the use
     /// of the image.
     pub fn is_broken(&self) -> bool {
-        self.shared.read().broken
+        self.broken.load(Ordering::Acquire)
     }
 
     /// Ends the use of the image: every further request fails with `EIO`. For
     /// the surroundings, when they cannot trust its state any more.
     pub fn set_broken(&self) {
-        self.shared.write().broken = true;
+        self.broken.store(true, Ordering::Release);
     }
 }

@@ -35,6 +35,7 @@ mod writeback;
 mod zero;
 
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 
 use lock_api::{Mutex, MutexGuard};
 use parking_lot::RwLock;
@@ -70,6 +71,8 @@ pub struct Image<H: Host> {
     overlap: RwLock<Option<overlap::MetadataMap>>,
     /// Requests that use host offsets they have looked up.
     inflight: InFlight,
+    /// A fatal corruption was met: nothing may be done with the image.
+    broken: AtomicBool,
     /// Whether far fewer clusters are allocated on the storage than counted:
     /// known after the first block status.
     sparse: OnceLock<bool>,
@@ -89,8 +92,6 @@ struct Shared {
     /// What the user asked for; it depends on the size of the disk what that
     /// amounts to.
     request: OptionRequest,
-    /// A fatal corruption was met: nothing may be done with the image.
-    broken: bool,
     /// A corruption was reported to the user already.
     corruption_signaled: bool,
 }
@@ -199,7 +200,7 @@ impl<H: Host> Image<H> {
 
     /// Fails with `EIO` once the image is known to be unusable.
     fn ensure_usable(&self) -> Result<()> {
-        if self.shared.read().broken { Err(Error::errno(libc::EIO)) } else { Ok(()) }
+        if self.is_broken() { Err(Error::errno(libc::EIO)) } else { Ok(()) }
     }
 
     fn lock(&self) -> StateGuard<'_, H> {

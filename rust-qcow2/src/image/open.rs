@@ -1,5 +1,8 @@
 //! Opening an image, writing back, and leaving it.
 
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
+
 use lock_api::Mutex;
 use parking_lot::RwLock;
 
@@ -78,7 +81,8 @@ impl<H: Host> Image<H> {
             l2: L2Cache::new(caches.l2_slices, caches.l2_slice_size),
             overlap: RwLock::new(None),
             inflight: InFlight::default(),
-            sparse: std::sync::OnceLock::new(),
+            broken: AtomicBool::new(false),
+            sparse: OnceLock::new(),
             shared: RwLock::new(Shared {
                 header,
                 extensions,
@@ -86,7 +90,6 @@ impl<H: Host> Image<H> {
                 flags,
                 options,
                 request: request.clone(),
-                broken: false,
                 corruption_signaled: false,
             }),
             state: Mutex::new(State {

@@ -23,11 +23,20 @@ pub struct Shape {
     pub lazy_refcounts: bool,
 }
 
-pub const PLAIN: Shape =
-    Shape { version: 3, cluster_bits: 9, refcount_order: 4, lazy_refcounts: false };
+pub const PLAIN: Shape = Shape {
+    version: 3,
+    cluster_bits: 9,
+    refcount_order: 4,
+    lazy_refcounts: false,
+};
 
-pub const WRITABLE: OpenFlags =
-    OpenFlags { writable: true, inactive: false, check: false, no_io: false, unmap: true };
+pub const WRITABLE: OpenFlags = OpenFlags {
+    writable: true,
+    inactive: false,
+    check: false,
+    no_io: false,
+    unmap: true,
+};
 
 /// Writes an empty image of `size` bytes into a new file.
 pub fn create(shape: Shape, size: u64) -> MemoryFile {
@@ -48,14 +57,20 @@ pub fn create(shape: Shape, size: u64) -> MemoryFile {
 
 /// Opens an image for writing.
 pub fn open(file: &MemoryFile, backing: Option<&MemoryFile>, options: &OptionRequest) -> TestImage {
-    let host = MemoryHost { file: file.clone(), backing: backing.cloned(), ..Default::default() };
+    let host = MemoryHost {
+        file: file.clone(),
+        backing: backing.cloned(),
+        ..Default::default()
+    };
     Image::open(host, WRITABLE, options).unwrap()
 }
 
 /// Reads a range.
 pub fn read(image: &TestImage, at: u64, len: usize) -> Vec<u8> {
     let memory = Mutex::new(vec![0xee; len]);
-    image.read(GuestOffset(at), len as u64, SharedBuf(&memory), 0).unwrap();
+    image
+        .read(GuestOffset(at), len as u64, SharedBuf(&memory), 0)
+        .unwrap();
     memory.into_inner()
 }
 
