@@ -19,6 +19,9 @@ pub enum Event {
     Truncate(u64),
 }
 
+/// No file in memory gets longer than this.
+const MAX_LENGTH: u64 = 256 << 20;
+
 #[derive(Default)]
 struct Inner {
     bytes: Vec<u8>,
@@ -63,6 +66,14 @@ impl Inner {
             Some(0) => return Err(Error::errno(libc::EIO)),
             Some(left) => *left -= 1,
             None => {}
+        }
+        let end = match &event {
+            Event::Write(offset, bytes) => offset.saturating_add(bytes.len() as u64),
+            Event::Truncate(len) => *len,
+            Event::Flush => 0,
+        };
+        if end > MAX_LENGTH {
+            return Err(Error::errno(libc::EFBIG));
         }
         match &event {
             Event::Write(offset, bytes) => {

@@ -98,7 +98,7 @@ impl<H: Host> Image<H> {
         let mut map = MetadataMap::default();
         let mut range = |offset: u64, len: u64, kind: MetadataKind| {
             for at in (0..len).step_by(size as usize) {
-                map.add(self.geometry.cluster_of(HostOffset(offset + at)), kind);
+                map.add(self.geometry.cluster_of(HostOffset(offset).add(at)), kind);
             }
         };
         range(0, size, MetadataKind::MAIN_HEADER);

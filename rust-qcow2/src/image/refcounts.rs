@@ -49,10 +49,12 @@ impl Change {
     }
 
     fn apply(self, count: u64, max: u64) -> Option<u64> {
-        match self {
-            Self::Add(n) => count.checked_add(n).filter(|count| *count <= max),
+        let new = match self {
+            Self::Add(n) => count.checked_add(n),
             Self::Sub(n) => count.checked_sub(n),
-        }
+        };
+        // A damaged image may hold more than the largest count.
+        new.filter(|count| *count <= max)
     }
 }
 
