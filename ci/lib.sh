@@ -82,18 +82,19 @@ patches_digest() {
     done | digest
 }
 
-# prune KEEP GLOB-PREFIX: removes all but the KEEP most recently used
-# directories whose path starts with the prefix. Usage is the time stamp of the
-# file .used in each.
+# prune KEEP PREFIX: removes the directories whose path starts with the prefix,
+# all but the KEEP that were used last (the time stamp of .used in each) and
+# those used within the last hour: somebody may be building there.
 prune() {
     local keep=$1 prefix=$2 dir
     for dir in "$prefix"*/; do
         [ -e "$dir/.used" ] && printf '%s\t%s\n' "$(stat -c %Y "$dir/.used")" "${dir%/}"
-    done | sort -rn | tail -n +$((keep + 1)) | cut -f2 |
-        while read -r dir; do
+    done | sort -rn | tail -n +$((keep + 1)) |
+        while IFS=$'\t' read -r used dir; do
+            [ $(($(date +%s) - used)) -gt 3600 ] || continue
             note "removing $dir, not used any more"
             rm -rf -- "$dir"
-        done
+        done || true
 }
 
 # Where rustup puts cargo, for shells that do not know it yet.
