@@ -1,0 +1,153 @@
+//! From the options of `qemu-img create` to those of `blockdev-create`.
+
+use std::ffi::{CStr, c_char};
+use std::ptr;
+
+use rust_qcow2::{Error, Result};
+
+use super::pointer;
+use crate::error::caught;
+use crate::options::text;
+use crate::sys;
+
+/// Names that differ between the two; ends with nulls.
+fn renames() -> [sys::QDictRenames; 10] {
+    let rename = |from: &'static CStr, to: &'static CStr| sys::QDictRenames {
+        from: from.as_ptr(),
+        to: to.as_ptr(),
+    };
+    [
+        rename(c"backing_file", c"backing-file"),
+        rename(c"backing_fmt", c"backing-fmt"),
+        rename(c"cluster_size", c"cluster-size"),
+        rename(c"lazy_refcounts", c"lazy-refcounts"),
+        rename(c"extended_l2", c"extended-l2"),
+        rename(c"refcount_bits", c"refcount-bits"),
+        rename(c"compat", c"version"),
+        rename(c"data_file_raw", c"data-file-raw"),
+        rename(c"compression_type", c"compression-type"),
+        sys::QDictRenames {
+            from: ptr::null(),
+            to: ptr::null(),
+        },
+    ]
+}
+
+/// The way from one set of options to the other.
+pub(super) struct Creation {
+    dict: *mut sys::QDict,
+    /// What it leads to; null before [`Creation::finish`].
+    options: *mut sys::BlockdevCreateOptions,
+}
+
+impl Creation {
+    /// Takes the driver's own options, and refuses what is not served before
+    /// anything is created.
+    ///
+    /// # Errors
+    /// For options that are not served.
+    ///
+    /// # Safety
+    /// `opts` are options of the driver's list, and those of the protocol.
+    pub(super) unsafe fn new(opts: *mut sys::QemuOpts) -> Result<Self> {
+        // SAFETY: promised by the caller; the dictionary is ours.
+        let dict = unsafe {
+            let list = &raw mut sys::rq_create_opts;
+            sys::qemu_opts_to_qdict_filtered(opts, ptr::null_mut(), list, true)
+        };
+        let creation = Self {
+            dict,
+            options: ptr::null_mut(),
+        };
+        creation.refuse_unserved()?;
+        match creation.get(c"compat").as_deref() {
+            Some("0.10") => creation.put(c"compat", c"v2".as_ptr()),
+            Some("1.1") => creation.put(c"compat", c"v3".as_ptr()),
+            _ => {}
+        }
+        let renames = renames();
+        caught(|errp| {
+            // SAFETY: the dictionary is ours; the names are static.
+            let fine = unsafe { sys::qdict_rename_keys(dict, renames.as_ptr(), errp) };
+            if fine { 0 } else { -libc::EINVAL }
+        })?;
+        Ok(creation)
+    }
+
+    fn refuse_unserved(&self) -> Result<()> {
+        let refuse = |what| {
+            Err(Error::unsupported(format!(
+                "rqcow2 does not support {what} yet"
+            )))
+        };
+        let on = |key| {
+            self.get(key)
+                .is_some_and(|value| !matches!(&*value, "off" | "no" | "false" | "n"))
+        };
+        if on(c"encryption") || self.get(c"encrypt.format").is_some() {
+            return refuse("encryption");
+        }
+        if self.get(c"data_file").is_some() || on(c"data_file_raw") {
+            return refuse("external data files");
+        }
+        if on(c"extended_l2") {
+            return refuse("extended L2 entries");
+        }
+        // SAFETY: the dictionary is ours. The key may be there with "off".
+        unsafe { sys::qdict_del(self.dict, c"encryption".as_ptr()) };
+        Ok(())
+    }
+
+    fn get(&self, key: &CStr) -> Option<String> {
+        // SAFETY: the dictionary is ours, and so is its text until it goes.
+        unsafe { text(sys::qdict_get_try_str(self.dict, key.as_ptr())) }
+    }
+
+    fn put(&self, key: &CStr, value: *const c_char) {
+        // SAFETY: the dictionary is ours; it copies the text.
+        unsafe { sys::qdict_put_str(self.dict, key.as_ptr(), value) };
+    }
+
+    /// The options for the image in the file `node`, for the driver `driver`.
+    ///
+    /// # Errors
+    /// Where an option does not have the type it should have.
+    ///
+    /// # Safety
+    /// Both are C strings.
+    pub(super) unsafe fn finish(
+        &mut self,
+        driver: *const c_char,
+        node: *const c_char,
+    ) -> Result<&sys::BlockdevCreateOptions> {
+        self.put(c"driver", driver);
+        self.put(c"file", node);
+        // SAFETY: the dictionary is ours; what the visitor makes is ours too.
+        unsafe {
+            let visitor = pointer(libc::EINVAL, |errp| {
+                sys::qobject_input_visitor_new_flat_confused(self.dict, errp)
+            })?;
+            let visited = pointer(libc::EINVAL, |errp| {
+                let options = &raw mut self.options;
+                sys::visit_type_BlockdevCreateOptions(visitor, ptr::null(), options, errp);
+                self.options
+            });
+            sys::visit_free(visitor);
+            let options = &mut *visited?;
+            // Sizes are rounded up to sectors without a word.
+            let size = &mut options.u.qcow2.size;
+            *size = size.next_multiple_of(u64::from(sys::BDRV_SECTOR_SIZE));
+            Ok(options)
+        }
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        // SAFETY: both are ours; the options may be null.
+        unsafe {
+            sys::qapi_free_BlockdevCreateOptions(self.options);
+            sys::rq_qdict_unref(self.dict);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What the block layer and the user ask about an image.
+
+use std::ffi::{CStr, c_int};
+use std::ptr;
+
+use rust_qcow2::format::header::CompressionType;
+use rust_qcow2::image::ImageInfo;
+
+use super::io::file_has_zero_init;
+use crate::error::ErrorPtr;
+use crate::node::{Access, Node, request};
+use crate::panic::contain;
+use crate::sys;
+
+pub(super) unsafe extern "C" fn refresh_limits(bs: *mut sys::BlockDriverState, _errp: ErrorPtr) {
+    contain("refresh_limits", (), || {
+        // SAFETY: a callback of the driver for `bs`, which owns the limits.
+        unsafe {
+            if let Some(node) = Node::of(bs) {
+                let cluster_size = node.image().geometry().cluster_size() as u32;
+                (*bs).bl.pwrite_zeroes_alignment = cluster_size;
+                (*bs).bl.pdiscard_alignment = cluster_size;
+            }
+        }
+    });
+}
+
+/// A new image reads as zeroes unless space was reserved in a file that does
+/// not begin as zeroes.
+pub(super) unsafe extern "C" fn has_zero_init(bs: *mut sys::BlockDriverState) -> c_int {
+    contain("has_zero_init", 0, || {
+        // SAFETY: a callback of the driver for `bs`.
+        unsafe { file_has_zero_init(bs) }
+    })
+}
+
+pub(super) unsafe extern "C" fn get_info(
+    bs: *mut sys::BlockDriverState,
+    info: *mut sys::BlockDriverInfo,
+) -> c_int {
+    // SAFETY: a callback of the driver for `bs`; QEMU passes a place for the
+    // answer.
+    unsafe {
+        request(bs, Access::Read, |image| {
+            let known = image.info();
+            (*info).cluster_size = known.cluster_size as c_int;
+            (*info).subcluster_size = known.cluster_size as c_int;
+            (*info).vm_state_offset = known.vm_state_offset as i64;
+            (*info).is_dirty = known.dirty;
+            Ok(())
+        })
+    }
+}
+
+pub(super) unsafe extern "C" fn get_specific_info(
+    bs: *mut sys::BlockDriverState,
+    _errp: ErrorPtr,
+) -> *mut sys::ImageInfoSpecific {
+    contain("get_specific_info", ptr::null_mut(), || {
+        // SAFETY: a callback of the driver for `bs`; its name is a C string.
+        unsafe {
+            let Some(node) = Node::of(bs) else {
+                return ptr::null_mut();
+            };
+            let name = CStr::from_ptr((*(*bs).drv).format_name);
+            specific_info(&node.image().info(), kind(name))
+        }
+    })
+}
+
+/// How QMP names what follows, for a driver of that name.
+fn kind(name: &CStr) -> sys::ImageInfoSpecificKind {
+    #[cfg(patched_qemu)]
+    if name == super::NAME {
+        return sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2;
+    }
+    let _ = name;
+    sys::IMAGE_INFO_SPECIFIC_KIND_QCOW2
+}
+
+/// A zeroed structure that QEMU will free.
+///
+/// # Safety
+/// A `T` of zero bytes is valid.
+unsafe fn zeroed<T>() -> *mut T {
+    // SAFETY: g_malloc0() aborts rather than return null.
+    unsafe { sys::g_malloc0(size_of::<T>() as sys::gsize).cast() }
+}
+
+fn specific_info(
+    info: &ImageInfo,
+    kind: sys::ImageInfoSpecificKind,
+) -> *mut sys::ImageInfoSpecific {
+    // SAFETY: zeroes are valid for C structures; what is filled in is owned by
+    // them. The variants of both kinds are the same type.
+    unsafe {
+        let result = zeroed::<sys::ImageInfoSpecific>();
+        let data = zeroed::<sys::ImageInfoSpecificQCow2>();
+        (*result).type_ = kind;
+        (*result).u.qcow2.data = data;
+        (*data).refcount_bits = i64::from(info.refcount_bits);
+        if info.version < 3 {
+            (*data).compat = sys::g_strdup(c"0.10".as_ptr());
+            return result;
+        }
+        (*data).compat = sys::g_strdup(c"1.1".as_ptr());
+        (*data).has_lazy_refcounts = true;
+        (*data).lazy_refcounts = info.lazy_refcounts;
+        (*data).has_corrupt = true;
+        (*data).corrupt = info.corrupt;
+        (*data).has_extended_l2 = true;
+        (*data).extended_l2 = info.extended_l2;
+        (*data).compression_type = match info.compression {
+            CompressionType::Zlib => sys::QCOW2_COMPRESSION_TYPE_ZLIB,
+            CompressionType::Zstd => sys::QCOW2_COMPRESSION_TYPE_ZSTD,
+        };
+        result
+    }
+}

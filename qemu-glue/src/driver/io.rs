@@ -1,0 +1,169 @@
+//! Requests of the guest. They come in coroutines, in any thread, several at
+//! a time, with the graph locked for reading.
+
+use std::ffi::c_int;
+
+use rust_qcow2::host::ZeroFlags;
+use rust_qcow2::image::StatusKind;
+use rust_qcow2::units::GuestOffset;
+use rust_qcow2::{Error, Result};
+
+use crate::error::check;
+use crate::node::{Access, Node, request};
+use crate::qiov::Qiov;
+use crate::sys;
+
+/// Offsets and lengths in requests are not negative: QEMU has checked them.
+#[inline]
+fn range(offset: i64, bytes: i64) -> Result<(GuestOffset, u64)> {
+    match (u64::try_from(offset), u64::try_from(bytes)) {
+        (Ok(offset), Ok(bytes)) => Ok((GuestOffset(offset), bytes)),
+        _ => Err(Error::errno(libc::EINVAL)),
+    }
+}
+
+pub(super) unsafe extern "C" fn preadv_part(
+    bs: *mut sys::BlockDriverState,
+    offset: i64,
+    bytes: i64,
+    qiov: *mut sys::QEMUIOVector,
+    qiov_offset: usize,
+    _flags: sys::BdrvRequestFlags,
+) -> c_int {
+    // SAFETY: a callback of the driver for `bs`; QEMU keeps the vector as it
+    // is until the request has ended.
+    unsafe {
+        request(bs, Access::Read, |image| {
+            let (offset, len) = range(offset, bytes)?;
+            image.read(offset, len, Qiov::new(qiov), qiov_offset)
+        })
+    }
+}
+
+pub(super) unsafe extern "C" fn pwritev_part(
+    bs: *mut sys::BlockDriverState,
+    offset: i64,
+    bytes: i64,
+    qiov: *mut sys::QEMUIOVector,
+    qiov_offset: usize,
+    _flags: sys::BdrvRequestFlags,
+) -> c_int {
+    // SAFETY: as for `preadv_part`.
+    unsafe {
+        request(bs, Access::Write, |image| {
+            let (offset, len) = range(offset, bytes)?;
+            image.write(offset, len, Qiov::new(qiov), qiov_offset)
+        })
+    }
+}
+
+pub(super) unsafe extern "C" fn pwrite_zeroes(
+    bs: *mut sys::BlockDriverState,
+    offset: i64,
+    bytes: i64,
+    flags: sys::BdrvRequestFlags,
+) -> c_int {
+    let flags = ZeroFlags {
+        may_unmap: flags & sys::BDRV_REQ_MAY_UNMAP != 0,
+        no_fallback: flags & sys::BDRV_REQ_NO_FALLBACK != 0,
+    };
+    // SAFETY: a callback of the driver for `bs`.
+    unsafe {
+        request(bs, Access::Write, |image| {
+            let (offset, len) = range(offset, bytes)?;
+            image.write_zeroes(offset, len, flags)
+        })
+    }
+}
+
+pub(super) unsafe extern "C" fn pdiscard(
+    bs: *mut sys::BlockDriverState,
+    offset: i64,
+    bytes: i64,
+) -> c_int {
+    // SAFETY: a callback of the driver for `bs`.
+    unsafe {
+        let ret = request(bs, Access::Write, |image| {
+            let (offset, len) = range(offset, bytes)?;
+            image.discard(offset, len)
+        });
+        // As the block layer says of a node that was lost in the middle.
+        match Node::of(bs) {
+            Some(node) if ret < 0 && !node.is_present() => -libc::ENOMEDIUM,
+            _ => ret,
+        }
+    }
+}
+
+pub(super) unsafe extern "C" fn flush_to_os(bs: *mut sys::BlockDriverState) -> c_int {
+    // SAFETY: a callback of the driver for `bs`.
+    unsafe { request(bs, Access::Write, |image| image.flush()) }
+}
+
+pub(super) unsafe extern "C" fn block_status(
+    bs: *mut sys::BlockDriverState,
+    _want_zero: bool,
+    offset: i64,
+    bytes: i64,
+    pnum: *mut i64,
+    map: *mut i64,
+    file: *mut *mut sys::BlockDriverState,
+) -> c_int {
+    // SAFETY: a callback of the driver for `bs`.
+    let Some(node) = (unsafe { Node::of(bs) }) else {
+        return -libc::ENOMEDIUM;
+    };
+    let answer = node.serve(Access::Read, |image| {
+        let (offset, len) = range(offset, bytes)?;
+        image.block_status(offset, len)
+    });
+    let status = match answer {
+        Ok(status) => status,
+        Err(error) => return -error.code(),
+    };
+    let (flags, host) = match status.kind {
+        StatusKind::Unallocated => (0, None),
+        StatusKind::Zero { host } => (sys::BDRV_BLOCK_ZERO, host),
+        StatusKind::Data(host) => (sys::BDRV_BLOCK_DATA, Some(host)),
+        StatusKind::Compressed => (sys::BDRV_BLOCK_DATA | sys::BDRV_BLOCK_COMPRESSED, None),
+    };
+    // SAFETY: QEMU passes places for the answer, and the node has a file.
+    unsafe {
+        *pnum = i64::try_from(status.len).unwrap_or(bytes);
+        if let Some(host) = host {
+            *map = host.bytes() as i64;
+            *file = (*(*bs).file).bs;
+        }
+    }
+    let valid = if host.is_some() {
+        sys::BDRV_BLOCK_OFFSET_VALID
+    } else {
+        0
+    };
+    // What was preallocated and never written is known to the file only.
+    let recurse = if status.sparse {
+        sys::BDRV_BLOCK_RECURSE
+    } else {
+        0
+    };
+    (flags | valid | recurse) as c_int
+}
+
+/// Without this callback the block layer would ask all nodes below, for each
+/// request; the backing file is asked when it is read.
+pub(super) unsafe extern "C" fn is_inserted(bs: *mut sys::BlockDriverState) -> bool {
+    // SAFETY: a callback of the driver for `bs`, in a coroutine under the graph
+    // lock; an open node has a file.
+    unsafe {
+        Node::of(bs).is_some_and(Node::is_present) && sys::bdrv_co_is_inserted((*(*bs).file).bs)
+    }
+}
+
+/// Whether the file below a node begins as zeroes.
+///
+/// # Safety
+/// `bs` is an open node; the graph is locked for reading.
+pub(super) unsafe fn file_has_zero_init(bs: *mut sys::BlockDriverState) -> c_int {
+    // SAFETY: promised by the caller.
+    check(unsafe { sys::bdrv_has_zero_init((*(*bs).file).bs) }).unwrap_or(0)
+}

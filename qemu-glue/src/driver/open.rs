@@ -1,0 +1,228 @@
+//! The life of a node: open, close, inactive and active again.
+
+use std::ffi::{c_char, c_int};
+use std::ptr;
+
+use rust_qcow2::image::{Image, OpenFlags};
+use rust_qcow2::{Error, Result};
+
+use crate::coroutine;
+use crate::error::{self, ErrorPtr, check, code};
+use crate::host::Qemu;
+use crate::node::{Access, Node, open_flags};
+use crate::options::Requested;
+use crate::panic::{catch, contain};
+use crate::sys;
+
+const COULD_NOT_OPEN: &str = "Could not open image";
+
+pub(super) unsafe extern "C" fn open(
+    bs: *mut sys::BlockDriverState,
+    options: *mut sys::QDict,
+    flags: c_int,
+    errp: ErrorPtr,
+) -> c_int {
+    contain("open", -libc::EIO, || {
+        // SAFETY: QEMU passes a node that is being opened, and its options.
+        let ret =
+            unsafe { sys::bdrv_open_file_child(ptr::null(), options, c"file".as_ptr(), bs, errp) };
+        if let Err(error) = check(ret) {
+            // QEMU has set the text.
+            return -error.code();
+        }
+        // SAFETY: as above; errp is not set.
+        unsafe {
+            match open_node(bs, options, open_flags(flags)) {
+                Ok(()) => 0,
+                Err(error) => {
+                    error::set(errp, &error, COULD_NOT_OPEN);
+                    -error.code()
+                }
+            }
+        }
+    })
+}
+
+/// Opens the image in a node that has its file.
+///
+/// # Safety
+/// Called in the driver's open callback for `bs`.
+unsafe fn open_node(
+    bs: *mut sys::BlockDriverState,
+    options: *mut sys::QDict,
+    flags: OpenFlags,
+) -> Result<()> {
+    // SAFETY: promised by the caller; `Qemu` is only used in coroutines.
+    unsafe {
+        let requested = Requested::take(options)?;
+        let image = coroutine::run(bs, || Image::open(Qemu::new(bs), flags, &requested.options))?;
+        requested.refuse_other_features()?;
+        publish(bs, &image);
+        Node::install(bs, image);
+        if let Some(node) = Node::of(bs) {
+            node.start_timer(sys::bdrv_get_aio_context(bs));
+        }
+    }
+    Ok(())
+}
+
+/// Tells the block layer what an image that was just opened is like.
+///
+/// # Safety
+/// `bs` is the node of the image; nobody else uses these fields yet.
+unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>) {
+    let info = image.info();
+    // SAFETY: promised by the caller; the places are as long as their types.
+    unsafe {
+        (*bs).total_sectors = sectors(info.size);
+        (*bs).encrypted = false;
+        (*bs).supported_zero_flags = if info.version >= 3 {
+            sys::BDRV_REQ_MAY_UNMAP | sys::BDRV_REQ_NO_FALLBACK
+        } else {
+            0
+        };
+        (*bs).supported_truncate_flags = sys::BDRV_REQ_ZERO_WRITE;
+        set_backing(
+            bs,
+            info.backing_file.as_deref(),
+            info.backing_format.as_deref(),
+        );
+    }
+}
+
+/// A size in the units of the block layer.
+pub(super) fn sectors(size: u64) -> i64 {
+    (size / u64::from(sys::BDRV_SECTOR_SIZE)) as i64
+}
+
+/// Tells the block layer what the image records of its backing file.
+///
+/// # Safety
+/// As for [`publish`].
+pub(super) unsafe fn set_backing(
+    bs: *mut sys::BlockDriverState,
+    file: Option<&str>,
+    format: Option<&str>,
+) {
+    // SAFETY: promised by the caller; references to the arrays end with each
+    // call.
+    unsafe {
+        copy_text(&mut (*bs).auto_backing_file, file.unwrap_or_default());
+        copy_text(&mut (*bs).backing_file, file.unwrap_or_default());
+        copy_text(&mut (*bs).backing_format, format.unwrap_or_default());
+    }
+}
+
+/// Copies a text into an array, cut to its length, with a NUL behind it.
+fn copy_text(array: &mut [c_char], text: &str) {
+    let len = text.len().min(array.len() - 1);
+    for (to, from) in array.iter_mut().zip(&text.as_bytes()[..len]) {
+        *to = *from as c_char;
+    }
+    array[len] = 0;
+}
+
+/// Writes all that is in memory, before someone else may use the file.
+///
+/// # Safety
+/// Called in a callback of the driver for `bs`, outside of coroutines.
+unsafe fn write_back(bs: *mut sys::BlockDriverState, node: &Node) -> Result<()> {
+    // SAFETY: promised by the caller.
+    let result =
+        unsafe { coroutine::run(bs, || node.serve(Access::Write, |image| image.inactivate())) };
+    if let Err(error) = &result {
+        error::report(error, "Failed to flush the metadata caches");
+    }
+    result
+}
+
+pub(super) unsafe extern "C" fn close(bs: *mut sys::BlockDriverState) {
+    contain("close", (), || {
+        // SAFETY: the close callback; the node is drained.
+        unsafe {
+            let Some(node) = Node::remove(bs) else {
+                return;
+            };
+            let active = (*bs).open_flags as u32 & sys::BDRV_O_INACTIVE == 0;
+            if active && node.is_sound() {
+                // What could not be written was reported.
+                let _ = write_back(bs, &node);
+            }
+        }
+    });
+}
+
+pub(super) unsafe extern "C" fn inactivate(bs: *mut sys::BlockDriverState) -> c_int {
+    contain("inactivate", -libc::EIO, || {
+        // SAFETY: a callback of the driver for `bs`.
+        unsafe { Node::of(bs).map_or(0, |node| code(write_back(bs, node))) }
+    })
+}
+
+/// The node is used again after a migration: nothing that was read before is
+/// true any more.
+pub(super) unsafe extern "C" fn invalidate_cache(bs: *mut sys::BlockDriverState, errp: ErrorPtr) {
+    // SAFETY: a callback of the driver for `bs`.
+    let Some(node) = (unsafe { Node::of(bs) }) else {
+        return;
+    };
+    // SAFETY: as above, in a coroutine.
+    let reopened = catch(|| unsafe { open_again(bs) });
+    let error = match reopened {
+        Ok(Ok(image)) => {
+            // SAFETY: no request uses these fields while the node is activated.
+            unsafe { publish(bs, &image) };
+            node.replace_image(image);
+            return;
+        }
+        Ok(Err(error)) => error,
+        Err(_payload) => Error::errno(libc::EIO),
+    };
+    node.set_gone();
+    // SAFETY: errp comes from QEMU and is not set.
+    unsafe {
+        error::set(errp, &error, COULD_NOT_OPEN);
+        error::prepend(errp, c"Could not reopen qcow2 layer: ");
+    }
+}
+
+/// Opens the image of a node once more, with the same options.
+///
+/// # Safety
+/// Called in a coroutine, in a callback of the driver for `bs`.
+unsafe fn open_again(bs: *mut sys::BlockDriverState) -> Result<Image<Qemu>> {
+    // SAFETY: promised by the caller; the copy of the options is ours.
+    unsafe {
+        let options = sys::qdict_clone_shallow((*bs).options);
+        let requested = Requested::take(options);
+        sys::rq_qdict_unref(options);
+        let mut flags = open_flags((*bs).open_flags);
+        flags.inactive = false;
+        Image::open(Qemu::new(bs), flags, &requested?.options)
+    }
+}
+
+pub(super) unsafe extern "C" fn attach_aio_context(
+    bs: *mut sys::BlockDriverState,
+    context: *mut sys::AioContext,
+) {
+    contain("attach_aio_context", (), || {
+        // SAFETY: a callback of the driver for `bs`.
+        unsafe {
+            if let Some(node) = Node::of(bs) {
+                node.start_timer(context);
+            }
+        }
+    });
+}
+
+pub(super) unsafe extern "C" fn detach_aio_context(bs: *mut sys::BlockDriverState) {
+    contain("detach_aio_context", (), || {
+        // SAFETY: a callback of the driver for `bs`; the node is drained.
+        unsafe {
+            if let Some(node) = Node::of(bs) {
+                node.stop_timer();
+            }
+        }
+    });
+}

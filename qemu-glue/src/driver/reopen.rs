@@ -1,0 +1,166 @@
+//! Other options and flags for an open node.
+
+use std::ffi::{CStr, c_int};
+
+use rust_qcow2::Result;
+use rust_qcow2::image::{OpenFlags, OptionRequest, Options};
+
+use crate::coroutine;
+use crate::error::{self, ErrorPtr};
+use crate::node::{Access, Node, open_flags};
+use crate::options::Requested;
+use crate::panic::contain;
+use crate::sys;
+
+/// What [`prepare`] leaves for [`commit`], in a box.
+struct Staged {
+    flags: OpenFlags,
+    request: OptionRequest,
+    options: Options,
+}
+
+pub(super) unsafe extern "C" fn prepare(
+    state: *mut sys::BDRVReopenState,
+    _queue: *mut sys::BlockReopenQueue,
+    errp: ErrorPtr,
+) -> c_int {
+    contain("reopen", -libc::EIO, || {
+        // SAFETY: QEMU passes the state of a node of this driver.
+        unsafe {
+            match stage(state) {
+                Ok(staged) => {
+                    (*state).opaque = Box::into_raw(Box::new(staged)).cast();
+                    0
+                }
+                Err(error) => {
+                    error::set(errp, &error, "Could not reopen image");
+                    -error.code()
+                }
+            }
+        }
+    })
+}
+
+/// Checks the new options, and writes what they may make unwritable.
+///
+/// # Safety
+/// Called in the callback for `state`, outside of coroutines.
+unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let bs = (*state).bs;
+        let flags = open_flags((*state).flags);
+        let requested = Requested::take((*state).options)?;
+        let node = Node::of(bs).ok_or(rust_qcow2::Error::errno(libc::ENOMEDIUM))?;
+        let image = node.image();
+        let options = image.resolve_options(flags, &requested.options)?;
+        requested.refuse_other_features()?;
+        let lazy_ends = image.options().lazy_refcounts && !options.lazy_refcounts;
+        coroutine::run(bs, || {
+            node.serve(Access::Write, |image| {
+                if !flags.writable || lazy_ends {
+                    image.inactivate()
+                } else {
+                    image.flush()
+                }
+            })
+        })
+        .map_err(|error| {
+            error.context(if lazy_ends && flags.writable {
+                "Failed to disable lazy refcounts"
+            } else {
+                "Failed to flush the metadata caches"
+            })
+        })?;
+        Ok(Staged {
+            flags,
+            request: requested.options,
+            options,
+        })
+    }
+}
+
+/// Takes what [`prepare`] has left.
+///
+/// # Safety
+/// Called in the callback for `state` after [`prepare`] succeeded.
+unsafe fn take_staged(state: *mut sys::BDRVReopenState) -> Option<Box<Staged>> {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let staged = (*state).opaque.cast::<Staged>();
+        (*state).opaque = std::ptr::null_mut();
+        (!staged.is_null()).then(|| Box::from_raw(staged))
+    }
+}
+
+pub(super) unsafe extern "C" fn commit(state: *mut sys::BDRVReopenState) {
+    contain("reopen", (), || {
+        // SAFETY: a callback of the driver; a node that is reopened is drained.
+        unsafe {
+            let bs = (*state).bs;
+            let (Some(node), Some(staged)) = (Node::of(bs), take_staged(state)) else {
+                return;
+            };
+            node.free_retired();
+            let interval = node.image().options().clean_interval;
+            let applied = node.serve(Access::Read, |image| {
+                image.apply_options(staged.flags, &staged.request, staged.options);
+                Ok(())
+            });
+            if applied.is_ok() && interval != staged.options.clean_interval {
+                node.stop_timer();
+                node.start_timer(sys::bdrv_get_aio_context(bs));
+            }
+        }
+    });
+}
+
+pub(super) unsafe extern "C" fn abort(state: *mut sys::BDRVReopenState) {
+    contain("reopen", (), || {
+        // SAFETY: a callback of the driver.
+        drop(unsafe { take_staged(state) });
+    });
+}
+
+/// Options of the old set that a new `overlap-check` makes void.
+const OVERLAP: [&CStr; 10] = [
+    c"overlap-check",
+    c"overlap-check.template",
+    c"overlap-check.main-header",
+    c"overlap-check.active-l1",
+    c"overlap-check.active-l2",
+    c"overlap-check.refcount-table",
+    c"overlap-check.refcount-block",
+    c"overlap-check.snapshot-table",
+    c"overlap-check.inactive-l1",
+    c"overlap-check.inactive-l2",
+];
+
+/// Merges old options into new ones. A new template takes the place of all old
+/// overlap options, a new total of all old cache sizes; an old total goes when
+/// single sizes are new.
+pub(super) unsafe extern "C" fn join_options(options: *mut sys::QDict, old: *mut sys::QDict) {
+    // SAFETY: QEMU passes two dictionaries of flat options.
+    let has = |key: &CStr| unsafe { sys::qdict_haskey(options, key.as_ptr()) } != 0;
+    // SAFETY: as above.
+    let remove = |dict, key: &CStr| unsafe { sys::qdict_del(dict, key.as_ptr()) };
+
+    if has(c"overlap-check") || has(c"overlap-check.template") {
+        for key in OVERLAP {
+            remove(old, key);
+        }
+    }
+    let new_total = has(c"cache-size");
+    if new_total {
+        remove(old, c"l2-cache-size");
+        remove(old, c"refcount-cache-size");
+    }
+    // SAFETY: as above.
+    unsafe { sys::qdict_join(options, old, false) };
+
+    // If all three were new, opening fails with the error that explains it.
+    let any_size = has(c"cache-size") || has(c"l2-cache-size") || has(c"refcount-cache-size");
+    if any_size && !new_total {
+        remove(options, c"cache-size");
+    }
+}

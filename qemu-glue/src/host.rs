@@ -1,0 +1,101 @@
+//! What QEMU is to an image: [`rust_qcow2::host::Host`] over a block node.
+
+use std::ffi::CStr;
+use std::io::Write as _;
+use std::ptr;
+
+use rust_qcow2::Result;
+use rust_qcow2::host::{Corruption, Host, Task};
+
+use crate::aligned::Aligned;
+use crate::child::Child;
+use crate::error::c_text;
+use crate::lock::{CoMutex, Queue};
+use crate::{parallel, sys};
+
+/// The node of an image.
+pub(crate) struct Qemu {
+    bs: *mut sys::BlockDriverState,
+}
+
+// SAFETY: the node is used through QEMU's thread-safe functions, and its links
+// to other nodes are read under the graph lock (see `new`).
+unsafe impl Send for Qemu {}
+// SAFETY: as above.
+unsafe impl Sync for Qemu {}
+
+impl Qemu {
+    /// The surroundings of the image in `bs`.
+    ///
+    /// # Safety
+    /// The node outlives the value. All functions of the image that do I/O are
+    /// called in coroutines that hold the graph lock for reading.
+    pub(crate) unsafe fn new(bs: *mut sys::BlockDriverState) -> Self {
+        Self { bs }
+    }
+}
+
+impl Host for Qemu {
+    type RawMutex = CoMutex;
+    type WaitQueue = Queue;
+    type File = Child;
+    type Aligned = Aligned;
+
+    #[inline]
+    fn file(&self) -> Child {
+        // SAFETY: the node is open and the graph locked (see `new`).
+        unsafe { Child::file(self.bs) }
+    }
+
+    #[inline]
+    fn backing(&self) -> Option<Child> {
+        // SAFETY: as above.
+        unsafe { Child::backing(self.bs) }
+    }
+
+    fn aligned(&self, len: usize) -> Result<Aligned> {
+        // SAFETY: as above.
+        unsafe { Aligned::new(self.bs, len) }
+    }
+
+    fn parallel(&self, workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
+        parallel::run(workers, tasks)
+    }
+
+    fn report_corruption(&self, event: &Corruption) {
+        let text = &event.message;
+        let line = if event.fatal {
+            format!(
+                "qcow2: Marking image as corrupt: {text}; further corruption events will be \
+                 suppressed\n"
+            )
+        } else {
+            format!(
+                "qcow2: Image is corrupt: {text}; further non-fatal corruption events will be \
+                 suppressed\n"
+            )
+        };
+        // Nothing can be done about a closed standard error.
+        let _ = std::io::stderr().write_all(line.as_bytes());
+
+        let message = c_text(text);
+        let offset = event.offset.and_then(|offset| i64::try_from(offset).ok());
+        let size = event.size.and_then(|size| i64::try_from(size).ok());
+        // SAFETY: the node is open, its names are C strings that live as long,
+        // and the event copies all that it is given.
+        unsafe {
+            let name = sys::bdrv_get_node_name(self.bs);
+            let unnamed = CStr::from_ptr(name).is_empty();
+            sys::qapi_event_send_block_image_corrupted(
+                sys::bdrv_get_device_name(self.bs),
+                if unnamed { ptr::null() } else { name },
+                message.as_ptr(),
+                offset.is_some(),
+                offset.unwrap_or(0),
+                size.is_some(),
+                size.unwrap_or(0),
+                event.fatal,
+            );
+        }
+    }
+}

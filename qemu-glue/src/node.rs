@@ -1,0 +1,269 @@
+//! A block node of this driver, and the image in it.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use parking_lot::Mutex;
+use rust_qcow2::image::{Image, OpenFlags};
+use rust_qcow2::{Error, Result};
+
+use crate::error::{code, report_text};
+use crate::host::Qemu;
+use crate::panic::catch;
+use crate::sys;
+
+/// What the driver has in `bs->opaque`, which QEMU allocates full of zeroes:
+/// null until the image is open, then a [`Node`] from a box.
+pub(crate) type Slot = *mut Node;
+
+/// One open node. Requests in several threads share it.
+pub(crate) struct Node {
+    bs: *mut sys::BlockDriverState,
+    /// The image, from a box. It is exchanged when the node is reactivated.
+    image: AtomicPtr<Image<Qemu>>,
+    /// Images that were exchanged. A request may still hold a reference, so
+    /// they stay until the node is known to have none in flight.
+    #[allow(clippy::vec_box, reason = "references go to where they are")]
+    retired: Mutex<Vec<Box<Image<Qemu>>>>,
+    /// A panic was caught, or the image could not be opened again: nothing is
+    /// written any more.
+    failed: AtomicBool,
+    /// The image could not be opened again: the node is as good as closed.
+    gone: AtomicBool,
+    timer: Mutex<Timer>,
+}
+
+/// The timer of `cache-clean-interval`; null while it is off.
+struct Timer(*mut sys::QEMUTimer);
+
+// SAFETY: the timer is only touched under the lock around it, by functions
+// that may be called from any thread.
+unsafe impl Send for Timer {}
+
+/// What a request does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Leaves the image as it is.
+    Read,
+    /// May change the image.
+    Write,
+}
+
+impl Node {
+    /// Puts a node for `image` into `bs->opaque`.
+    ///
+    /// # Safety
+    /// Called at the end of the driver's open callback for `bs`.
+    pub(crate) unsafe fn install(bs: *mut sys::BlockDriverState, image: Image<Qemu>) {
+        let node = Box::new(Self {
+            bs,
+            image: AtomicPtr::new(Box::into_raw(Box::new(image))),
+            retired: Mutex::new(Vec::new()),
+            failed: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+            timer: Mutex::new(Timer(ptr::null_mut())),
+        });
+        // SAFETY: QEMU allocated `instance_size` bytes, and no request comes
+        // before open has returned.
+        unsafe { *(*bs).opaque.cast::<Slot>() = Box::into_raw(node) };
+    }
+
+    /// Takes the node out of `bs->opaque`.
+    ///
+    /// # Safety
+    /// Called in the driver's close callback for `bs`: no request is in flight
+    /// and none will come.
+    pub(crate) unsafe fn remove(bs: *mut sys::BlockDriverState) -> Option<Box<Self>> {
+        // SAFETY: the slot is null or from `install`, and nobody uses the node
+        // any more.
+        unsafe {
+            let slot = (*bs).opaque.cast::<Slot>();
+            let node = slot.replace(ptr::null_mut());
+            (!node.is_null()).then(|| Box::from_raw(node))
+        }
+    }
+
+    /// The node in `bs`, where its image was opened.
+    ///
+    /// # Safety
+    /// Called in a callback of the driver for `bs`. The reference is not used
+    /// after the callback has returned: QEMU closes a node only when none of
+    /// its callbacks runs, which is what keeps the node alive meanwhile.
+    #[inline]
+    pub(crate) unsafe fn of<'a>(bs: *mut sys::BlockDriverState) -> Option<&'a Self> {
+        // SAFETY: the slot is null or from `install`; shared references only
+        // are made from it.
+        unsafe { (*(*bs).opaque.cast::<Slot>()).as_ref() }
+    }
+
+    /// The image.
+    #[inline]
+    pub(crate) fn image(&self) -> &Image<Qemu> {
+        // SAFETY: the pointer is from a box that goes with the node, or later
+        // than any request that may have got it here (see `retired`).
+        unsafe { &*self.image.load(Ordering::Acquire) }
+    }
+
+    /// Exchanges the image for one that was opened anew.
+    pub(crate) fn replace_image(&self, image: Image<Qemu>) {
+        let new = Box::into_raw(Box::new(image));
+        let old = self.image.swap(new, Ordering::AcqRel);
+        // SAFETY: the pointer was made from a box, and nobody else gets it now.
+        let old = unsafe { Box::from_raw(old) };
+        // A table goes if it was not used between two cleanings.
+        old.clean_caches();
+        old.clean_caches();
+        self.retired.lock().push(old);
+    }
+
+    /// Frees images that were exchanged.
+    ///
+    /// # Safety
+    /// The node is drained: no request is in flight.
+    pub(crate) unsafe fn free_retired(&self) {
+        self.retired.lock().clear();
+    }
+
+    /// The request's image.
+    ///
+    /// # Errors
+    /// `EIO` where the node does not do this any more.
+    #[inline]
+    fn usable(&self, access: Access) -> Result<&Image<Qemu>> {
+        if access == Access::Write && self.failed.load(Ordering::Relaxed) {
+            return Err(Error::errno(libc::EIO));
+        }
+        Ok(self.image())
+    }
+
+    /// Whether requests may come at all. A node with a broken image is like a
+    /// drive without a disk, as with the qcow2 driver.
+    pub(crate) fn is_present(&self) -> bool {
+        !self.gone.load(Ordering::Relaxed) && !self.image().is_broken()
+    }
+
+    /// Whether the image still takes what is in memory.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.is_present() && !self.failed.load(Ordering::Relaxed)
+    }
+
+    /// The image could not be opened again after a migration.
+    pub(crate) fn set_gone(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+        self.gone.store(true, Ordering::Relaxed);
+    }
+
+    /// A panic was caught in a request.
+    #[cold]
+    pub(crate) fn set_failed(&self) {
+        if !self.failed.swap(true, Ordering::Relaxed) {
+            // SAFETY: the node is open; its name is a C string.
+            let name = unsafe { CStr::from_ptr(sys::bdrv_get_node_name(self.bs)) };
+            report_text(&format!(
+                "rqcow2: internal error in node '{}': it does not write any more",
+                name.to_string_lossy()
+            ));
+        }
+    }
+
+    /// Does `f` with the image; a panic fails the node and the request.
+    #[inline]
+    pub(crate) fn serve<T>(
+        &self,
+        access: Access,
+        f: impl FnOnce(&Image<Qemu>) -> Result<T>,
+    ) -> Result<T> {
+        let image = self.usable(access)?;
+        catch(|| f(image)).unwrap_or_else(|_payload| {
+            self.set_failed();
+            Err(Error::errno(libc::EIO))
+        })
+    }
+
+    /// Starts the timer that cleans the caches, where the options want one.
+    ///
+    /// # Safety
+    /// Called in a callback of the driver, with the `AioContext` of the node.
+    pub(crate) unsafe fn start_timer(&self, context: *mut sys::AioContext) {
+        let seconds = self.image().options().clean_interval;
+        let mut timer = self.timer.lock();
+        if seconds == 0 || !timer.0.is_null() {
+            return;
+        }
+        // SAFETY: the node lives until `stop_timer` was called, in close.
+        unsafe {
+            let opaque = ptr::from_ref(self).cast_mut().cast();
+            timer.0 = sys::rq_timer_new(context, Some(clean), opaque);
+            sys::rq_timer_arm(timer.0, interval(seconds));
+        }
+    }
+
+    /// Stops that timer.
+    pub(crate) fn stop_timer(&self) {
+        let timer = std::mem::replace(&mut self.timer.lock().0, ptr::null_mut());
+        if !timer.is_null() {
+            // SAFETY: it was made by `start_timer`. The node is drained, so
+            // that the callback does not run in another thread.
+            unsafe { sys::rq_timer_free(timer) };
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.stop_timer();
+        // SAFETY: the pointer is from a box, and nobody uses the node any more.
+        drop(unsafe { Box::from_raw(*self.image.get_mut()) });
+    }
+}
+
+/// A number of seconds that QEMU's timers can count.
+fn interval(seconds: u64) -> i64 {
+    i64::try_from(seconds).unwrap_or(i64::MAX / 1000)
+}
+
+unsafe extern "C" fn clean(opaque: *mut c_void) {
+    // SAFETY: the timer is stopped before the node goes.
+    let node = unsafe { &*opaque.cast_const().cast::<Node>() };
+    let done = node.serve(Access::Read, |image| {
+        image.clean_caches();
+        Ok(image.options().clean_interval)
+    });
+    if let Ok(seconds) = done {
+        let timer = node.timer.lock();
+        if seconds > 0 && !timer.0.is_null() {
+            // SAFETY: it is the timer that has just fired.
+            unsafe { sys::rq_timer_arm(timer.0, interval(seconds)) };
+        }
+    }
+}
+
+/// Serves a request to the node in `bs`: zero, or a negative error number.
+///
+/// # Safety
+/// Called in a callback of the driver for `bs`; see [`Node::of`].
+#[inline]
+pub(crate) unsafe fn request(
+    bs: *mut sys::BlockDriverState,
+    access: Access,
+    f: impl FnOnce(&Image<Qemu>) -> Result<()>,
+) -> c_int {
+    // SAFETY: promised by the caller.
+    match unsafe { Node::of(bs) } {
+        Some(node) => code(node.serve(access, f)),
+        None => -libc::ENOMEDIUM,
+    }
+}
+
+/// How a node is opened with the `BDRV_O_*` flags.
+pub(crate) fn open_flags(flags: c_int) -> OpenFlags {
+    let flags = flags as u32;
+    OpenFlags {
+        writable: flags & sys::BDRV_O_RDWR != 0,
+        inactive: flags & sys::BDRV_O_INACTIVE != 0,
+        check: flags & sys::BDRV_O_CHECK != 0,
+        no_io: flags & sys::BDRV_O_NO_IO != 0,
+        unmap: flags & sys::BDRV_O_UNMAP != 0,
+    }
+}
