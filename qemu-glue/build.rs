@@ -162,10 +162,11 @@ fn main() {
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let bindings = generate(&flags);
-    if bindings.contains("pub image_format_name:") {
-        println!("cargo::rustc-cfg=patched_qemu");
-    }
-    println!("cargo::rustc-check-cfg=cfg(patched_qemu)");
+    assert!(
+        bindings.contains("image_format_name"),
+        "{} lacks the patches in patches/10.0",
+        source.display()
+    );
     fs::write(out.join("bindings.rs"), &bindings).expect("OUT_DIR is writable");
     fs::write(out.join("layout.h"), layout_checks(&bindings)).expect("OUT_DIR is writable");
     compile(&out, flags);
@@ -315,5 +316,5 @@ fn compile(out: &Path, flags: Vec<String>) {
     for flag in flags {
         build.flag(flag);
     }
-    build.include(out).file("src/shim.c").compile("rqcow2-shim");
+    build.include(out).file("src/shim.c").compile("qemu-shim");
 }

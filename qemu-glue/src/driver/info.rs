@@ -70,12 +70,11 @@ pub(super) unsafe extern "C" fn get_specific_info(
 
 /// How QMP names what follows, for a driver of that name.
 fn kind(name: &CStr) -> sys::ImageInfoSpecificKind {
-    #[cfg(patched_qemu)]
     if name == super::NAME {
-        return sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2;
+        sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2
+    } else {
+        sys::IMAGE_INFO_SPECIFIC_KIND_QCOW2
     }
-    let _ = name;
-    sys::IMAGE_INFO_SPECIFIC_KIND_QCOW2
 }
 
 /// A zeroed structure that QEMU will free.

@@ -66,7 +66,6 @@ unsafe extern "C" fn probe(start: *const u8, len: c_int, _filename: *const c_cha
 fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
     sys::BlockDriver {
         format_name: name.as_ptr(),
-        #[cfg(patched_qemu)]
         image_format_name: FORMAT.as_ptr(),
         instance_size: size_of::<Slot>() as c_int,
         is_format: true,
