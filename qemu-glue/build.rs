@@ -123,6 +123,7 @@ const VARIABLES: &[&str] = &[
     "BLK_PERM_.*",
     "BlockdevDriver_lookup",
     "PreallocMode_lookup",
+    "bdrv_qcow2",
     "error_abort",
 ];
 

@@ -83,7 +83,7 @@ unsafe fn sizes(
         };
         let bits = c"refcount_bits".as_ptr();
         let bits = sys::qemu_opt_get_number_del(opts, bits, DEFAULT_REFCOUNT_BITS);
-        let refcount_order = create::refcount_order(bits, version)?;
+        let refcount_order = create::refcount_order(bits, version, "compat=1.1")?;
         let layout = Layout {
             cluster_bits,
             l2_entry_bits: 3,

@@ -40,8 +40,25 @@ pub unsafe extern "C" fn rqcow2_register() {
         register(NAME, None);
         if std::env::var_os(TAKEOVER).is_some_and(|value| value == "1") {
             register(FORMAT, Some(probe));
+            // SAFETY: promised by the caller.
+            unsafe { take_over_creation() };
         }
     });
+}
+
+/// The block layer uses the qcow2 driver by its address, too, for temporary
+/// overlays. Its way to create an image opens what it has made by name, which
+/// is this driver then, and goes on as if it were its own.
+///
+/// # Safety
+/// As for [`rqcow2_register`].
+unsafe fn take_over_creation() {
+    let theirs = &raw mut sys::bdrv_qcow2;
+    // SAFETY: nothing uses drivers while they are being registered.
+    unsafe {
+        (*theirs).bdrv_co_create = Some(create::co_create);
+        (*theirs).bdrv_co_create_opts = Some(create::co_create_opts);
+    }
 }
 
 type Probe = unsafe extern "C" fn(*const u8, c_int, *const c_char) -> c_int;

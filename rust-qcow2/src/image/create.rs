@@ -72,11 +72,12 @@ pub fn cluster_bits(cluster_size: u64) -> Result<u32> {
     Ok(cluster_size.ilog2())
 }
 
-/// The width of the refcounts for a number of bits.
+/// The width of the refcounts for a number of bits. `remedy` is what the user
+/// is told to set where the version is too old for it.
 ///
 /// # Errors
 /// Where that is no width, or none that the version knows.
-pub fn refcount_order(bits: u64, version: u32) -> Result<RefcountOrder> {
+pub fn refcount_order(bits: u64, version: u32, remedy: &str) -> Result<RefcountOrder> {
     let order = Some(bits)
         .filter(|bits| bits.is_power_of_two())
         .and_then(|bits| RefcountOrder::new(bits.ilog2()))
@@ -84,10 +85,10 @@ pub fn refcount_order(bits: u64, version: u32) -> Result<RefcountOrder> {
             Error::invalid("Refcount width must be a power of two and may not exceed 64 bits")
         })?;
     if version < 3 && order != RefcountOrder::BITS_16 {
-        return Err(Error::invalid(
+        return Err(Error::invalid(format!(
             "Different refcount widths than 16 bits require compatibility level 1.1 or above (use \
-             compat=1.1 or greater)",
-        ));
+             {remedy} or greater)"
+        )));
     }
     Ok(order)
 }
@@ -132,7 +133,7 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
         return Err(needs_v3("Lazy refcounts"));
     }
     let bits = request.refcount_bits.unwrap_or(DEFAULT_REFCOUNT_BITS);
-    let refcount_order = refcount_order(bits, version)?;
+    let refcount_order = refcount_order(bits, version, "version=v3")?;
     if request.compression != CompressionType::Zlib && version < 3 {
         return Err(needs_v3("Non-zlib compression type is"));
     }
@@ -235,12 +236,12 @@ mod tests {
             );
         }
         for order in 0..=6 {
-            assert_eq!(refcount_order(1 << order, 3).unwrap().order(), order);
+            assert_eq!(refcount_order(1 << order, 3, "").unwrap().order(), order);
         }
         for bits in [0, 3, 65, 128] {
-            assert!(refcount_order(bits, 3).is_err());
+            assert!(refcount_order(bits, 3, "").is_err());
         }
-        assert!(refcount_order(8, 2).is_err());
+        assert!(refcount_order(8, 2, "").is_err());
     }
 
     #[test]
