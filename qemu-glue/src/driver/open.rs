@@ -70,7 +70,7 @@ unsafe fn open_node(
 ///
 /// # Safety
 /// `bs` is the node of the image; nobody else uses these fields yet.
-unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>) {
+pub(super) unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>) {
     let info = image.info();
     // SAFETY: promised by the caller; the places are as long as their types.
     unsafe {

@@ -1,12 +1,15 @@
 //! Other options and flags for an open node.
 
 use std::ffi::{CStr, c_int};
+use std::ptr;
 
 use rust_qcow2::Result;
-use rust_qcow2::image::{OpenFlags, OptionRequest, Options};
+use rust_qcow2::image::{Image, OpenFlags, OptionRequest, Options};
 
+use super::open::publish;
 use crate::coroutine;
 use crate::error::{self, ErrorPtr};
+use crate::host::Qemu;
 use crate::node::{Access, Node, open_flags};
 use crate::options::Requested;
 use crate::panic::contain;
@@ -17,6 +20,8 @@ struct Staged {
     flags: OpenFlags,
     request: OptionRequest,
     options: Options,
+    /// The node of the image file, only for comparison.
+    file: *const sys::BlockDriverState,
 }
 
 pub(super) unsafe extern "C" fn prepare(
@@ -76,6 +81,7 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
             flags,
             request: requested.options,
             options,
+            file: (*(*bs).file).bs,
         })
     }
 }
@@ -88,7 +94,7 @@ unsafe fn take_staged(state: *mut sys::BDRVReopenState) -> Option<Box<Staged>> {
     // SAFETY: promised by the caller.
     unsafe {
         let staged = (*state).opaque.cast::<Staged>();
-        (*state).opaque = std::ptr::null_mut();
+        (*state).opaque = ptr::null_mut();
         (!staged.is_null()).then(|| Box::from_raw(staged))
     }
 }
@@ -102,6 +108,10 @@ pub(super) unsafe extern "C" fn commit(state: *mut sys::BDRVReopenState) {
                 return;
             };
             node.free_retired();
+            if !ptr::eq((*(*bs).file).bs, staged.file) {
+                open_other_file(bs, node, &staged);
+                return;
+            }
             let interval = node.image().options().clean_interval;
             let applied = node.serve(Access::Read, |image| {
                 image.apply_options(staged.flags, &staged.request, staged.options);
@@ -113,6 +123,33 @@ pub(super) unsafe extern "C" fn commit(state: *mut sys::BDRVReopenState) {
             }
         }
     });
+}
+
+/// Opens the image in the file that a node got in place of the old one. What
+/// the old one held was written by [`prepare`].
+///
+/// # Safety
+/// Called in the commit callback of the node; it is drained.
+unsafe fn open_other_file(bs: *mut sys::BlockDriverState, node: &Node, staged: &Staged) {
+    // SAFETY: promised by the caller; `Qemu` is only used in coroutines.
+    unsafe {
+        let opened = coroutine::run(bs, || {
+            Image::open(Qemu::new(bs), staged.flags, &staged.request)
+        });
+        match opened {
+            Ok(image) => {
+                publish(bs, &image);
+                node.replace_image(image);
+                node.free_retired();
+                node.stop_timer();
+                node.start_timer(sys::bdrv_get_aio_context(bs));
+            }
+            Err(error) => {
+                error::report(&error, "Could not reopen image");
+                node.set_gone();
+            }
+        }
+    }
 }
 
 pub(super) unsafe extern "C" fn abort(state: *mut sys::BDRVReopenState) {
