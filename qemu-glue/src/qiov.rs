@@ -77,6 +77,10 @@ impl Gathered {
 
     /// Appends driver memory, which outlives the use of the vector.
     pub(crate) fn bytes(&mut self, data: &[u8]) {
+        // The block layer does not expect elements without bytes.
+        if data.is_empty() {
+            return;
+        }
         // SAFETY: the vector is ours. The memory is only read through it.
         unsafe {
             let base = data.as_ptr().cast_mut().cast();

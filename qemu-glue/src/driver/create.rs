@@ -14,7 +14,7 @@ use rust_qcow2::image::create::{self, CreateRequest};
 use rust_qcow2::{Error, Result};
 
 use super::manage::{optional_text, preallocation, recorded_format};
-use crate::error::{self, ErrorPtr, c_text, caught, check};
+use crate::error::{self, ErrorPtr, c_text, check};
 use crate::panic::contain;
 use crate::sys;
 
@@ -59,26 +59,47 @@ impl Drop for GraphLock {
     }
 }
 
-/// Calls a function of QEMU that returns null after it has set an error;
-/// `errno` is what C would return then.
-fn pointer<T>(errno: c_int, f: impl FnOnce(ErrorPtr) -> *mut T) -> Result<*mut T> {
-    let mut result = ptr::null_mut();
-    caught(|errp| {
-        result = f(errp);
-        if result.is_null() { -errno } else { 0 }
-    })?;
-    Ok(result)
+/// Why an image could not be made.
+enum Failure {
+    /// The text is in `*errp` already, with all its hints; the positive error
+    /// number.
+    Told(c_int),
+    /// This has still to be told.
+    Untold(Error),
 }
 
-/// What a function that failed returns, with the text in `*errp`.
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Untold(error)
+    }
+}
+
+/// What a function of QEMU returned that sets `*errp` when it fails.
+fn told(ret: c_int) -> Result<(), Failure> {
+    check(ret)
+        .map(drop)
+        .map_err(|error| Failure::Told(error.code()))
+}
+
+/// The same for pointers; `errno` is what C would return for null.
+fn told_pointer<T>(errno: c_int, pointer: *mut T) -> Result<*mut T, Failure> {
+    if pointer.is_null() {
+        Err(Failure::Told(errno))
+    } else {
+        Ok(pointer)
+    }
+}
+
+/// What C is told.
 ///
 /// # Safety
-/// `errp` is null or an error pointer of QEMU that is not set yet.
-unsafe fn answer(errp: ErrorPtr, result: Result<()>) -> c_int {
+/// `errp` is the one that `result` speaks of.
+unsafe fn answer(errp: ErrorPtr, result: Result<(), Failure>) -> c_int {
     match result {
         Ok(()) => 0,
-        Err(error) => {
-            // SAFETY: promised by the caller.
+        Err(Failure::Told(errno)) => -errno,
+        Err(Failure::Untold(error)) => {
+            // SAFETY: promised by the caller; it is not set yet.
             unsafe { error::set(errp, &error, "Could not create image") };
             -error.code()
         }
@@ -91,7 +112,7 @@ pub(super) unsafe extern "C" fn co_create(
 ) -> c_int {
     contain("create", -libc::EIO, || {
         // SAFETY: QEMU passes the options of an image of this driver.
-        unsafe { answer(errp, create_image(&*options)) }
+        unsafe { answer(errp, create_image(&*options, errp)) }
     })
 }
 
@@ -104,7 +125,7 @@ pub(super) unsafe extern "C" fn co_create_opts(
     contain("create", -libc::EIO, || {
         // SAFETY: QEMU passes the table of this driver, a file name, and
         // options of its list.
-        unsafe { answer(errp, create_file(driver, filename, opts)) }
+        unsafe { answer(errp, create_file(driver, filename, opts, errp)) }
     })
 }
 
@@ -116,20 +137,20 @@ unsafe fn create_file(
     driver: *mut sys::BlockDriver,
     filename: *const c_char,
     opts: *mut sys::QemuOpts,
-) -> Result<()> {
+    errp: ErrorPtr,
+) -> Result<(), Failure> {
     // SAFETY: promised by the caller. The file goes again if the image cannot
     // be made.
     unsafe {
         let mut creation = Creation::new(opts)?;
-        caught(|errp| sys::bdrv_co_create_file(filename, opts, errp))?;
-        let file = NodeRef(pointer(libc::EIO, |errp| {
-            let flags = sys::BDRV_O_RDWR | sys::BDRV_O_RESIZE | sys::BDRV_O_PROTOCOL;
-            let (reference, options) = (ptr::null(), ptr::null_mut());
-            sys::bdrv_co_open(filename, reference, options, flags as c_int, errp)
-        })?);
+        told(sys::bdrv_co_create_file(filename, opts, errp))?;
+        let flags = (sys::BDRV_O_RDWR | sys::BDRV_O_RESIZE | sys::BDRV_O_PROTOCOL) as c_int;
+        let file = sys::bdrv_co_open(filename, ptr::null(), ptr::null_mut(), flags, errp);
+        let file = NodeRef(told_pointer(libc::EIO, file)?);
         let result = creation
             .finish((*driver).format_name, (*file.0).node_name.as_ptr())
-            .and_then(|options| create_image(options));
+            .map_err(Failure::from)
+            .and_then(|options| create_image(options, errp));
         if result.is_err() {
             let _lock = GraphLock::new();
             sys::bdrv_co_delete_file_noerr(file.0);
@@ -197,25 +218,29 @@ unsafe fn driver_name(driver: sys::BlockdevDriver) -> &'static CStr {
 ///
 /// # Safety
 /// `options` are complete and for this driver, under either of its names.
-unsafe fn create_image(options: &sys::BlockdevCreateOptions) -> Result<()> {
+unsafe fn create_image(
+    options: &sys::BlockdevCreateOptions,
+    errp: ErrorPtr,
+) -> Result<(), Failure> {
     // SAFETY: promised by the caller; the options of both names are the same
     // type at the same place.
     unsafe {
         let name = driver_name(options.driver);
         let options = &options.u.qcow2;
-        let file = NodeRef(pointer(libc::EIO, |errp| {
-            sys::bdrv_co_open_blockdev_ref(options.file, errp)
-        })?);
+        let file = sys::bdrv_co_open_blockdev_ref(options.file, errp);
+        let file = NodeRef(told_pointer(libc::EIO, file)?);
         let params = create::validate(&request(options)?)?;
-        create::format(&BlankFile::new(file.0)?, &params)?;
+        create::format(&BlankFile::new(file.0, errp)?, &params)?;
 
-        let image = open(name, &file, sys::BDRV_O_RESIZE | sys::BDRV_O_NO_FLUSH)?;
-        resize(&image, options)?;
+        let flags = sys::BDRV_O_RESIZE | sys::BDRV_O_NO_FLUSH;
+        let image = open(name, &file, flags, errp)?;
+        resize(&image, options, errp)?;
         set_backing(&image, options)?;
         drop(image);
 
         // Opened without NO_FLUSH, so that closing it flushes it.
-        open(name, &file, sys::BDRV_O_NO_BACKING | sys::BDRV_O_NO_IO).map(drop)
+        let flags = sys::BDRV_O_NO_BACKING | sys::BDRV_O_NO_IO;
+        open(name, &file, flags, errp).map(drop)
     }
 }
 
@@ -223,17 +248,20 @@ unsafe fn create_image(options: &sys::BlockdevCreateOptions) -> Result<()> {
 ///
 /// # Safety
 /// `file` is an open node.
-unsafe fn open(name: &CStr, file: &NodeRef, flags: u32) -> Result<Backend> {
+unsafe fn open(
+    name: &CStr,
+    file: &NodeRef,
+    flags: u32,
+    errp: ErrorPtr,
+) -> Result<Backend, Failure> {
     // SAFETY: promised by the caller; the dictionary is passed on.
     unsafe {
         let options = sys::qdict_new();
         sys::qdict_put_str(options, c"driver".as_ptr(), name.as_ptr());
         sys::qdict_put_str(options, c"file".as_ptr(), (*file.0).node_name.as_ptr());
         let flags = (sys::BDRV_O_RDWR | flags) as c_int;
-        pointer(libc::EIO, |errp| {
-            sys::blk_co_new_open(ptr::null(), ptr::null(), options, flags, errp)
-        })
-        .map(Backend)
+        let backend = sys::blk_co_new_open(ptr::null(), ptr::null(), options, flags, errp);
+        told_pointer(libc::EIO, backend).map(Backend)
     }
 }
 
@@ -241,22 +269,25 @@ unsafe fn open(name: &CStr, file: &NodeRef, flags: u32) -> Result<Backend> {
 ///
 /// # Safety
 /// `options` are complete.
-unsafe fn resize(image: &Backend, options: &sys::BlockdevCreateOptionsQcow2) -> Result<()> {
-    let size = i64::try_from(options.size).map_err(|_| Error::errno(libc::EFBIG));
+unsafe fn resize(
+    image: &Backend,
+    options: &sys::BlockdevCreateOptionsQcow2,
+    errp: ErrorPtr,
+) -> Result<(), Failure> {
+    let size = i64::try_from(options.size).map_err(|_| Error::errno(libc::EFBIG))?;
     let mode = if options.has_preallocation {
         options.preallocation
     } else {
         sys::PREALLOC_MODE_OFF
     };
-    let resized = size.and_then(|size| {
-        caught(|errp| {
-            // SAFETY: the backend is ours.
-            unsafe { sys::blk_co_truncate(image.0, size, false, mode, 0, errp) }
-        })
-    });
-    resized
-        .map(|_| ())
-        .map_err(|error| Error::new(error.code(), format!("Could not resize image: {error}")))
+    // SAFETY: the backend is ours; errp is set when the call fails.
+    unsafe {
+        let ret = sys::blk_co_truncate(image.0, size, false, mode, 0, errp);
+        if ret < 0 {
+            error::prepend(errp, c"Could not resize image: ");
+        }
+        told(ret)
+    }
 }
 
 /// Records the backing file.

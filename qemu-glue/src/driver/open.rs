@@ -1,6 +1,6 @@
 //! The life of a node: open, close, inactive and active again.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 
 use rust_qcow2::image::{Image, OpenFlags};
@@ -82,11 +82,15 @@ pub(super) unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>
             0
         };
         (*bs).supported_truncate_flags = sys::BDRV_REQ_ZERO_WRITE;
-        set_backing(
-            bs,
-            info.backing_file.as_deref(),
-            info.backing_format.as_deref(),
-        );
+        let name = info.backing_file.as_deref().unwrap_or_default();
+        // Where nothing has changed the block layer knows better than the
+        // image by what name it has opened the backing file.
+        if CStr::from_ptr((*bs).backing_file.as_ptr()).to_bytes() != name.as_bytes() {
+            copy_text(&mut (*bs).backing_file, name);
+            copy_text(&mut (*bs).auto_backing_file, name);
+        }
+        let format = info.backing_format.as_deref().unwrap_or_default();
+        copy_text(&mut (*bs).backing_format, format);
     }
 }
 
@@ -95,7 +99,8 @@ pub(super) fn sectors(size: u64) -> i64 {
     (size / u64::from(sys::BDRV_SECTOR_SIZE)) as i64
 }
 
-/// Tells the block layer what the image records of its backing file.
+/// Tells the block layer what the image records of its backing file from now
+/// on.
 ///
 /// # Safety
 /// As for [`publish`].

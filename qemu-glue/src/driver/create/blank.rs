@@ -3,8 +3,8 @@
 use rust_qcow2::host::{Content, File, Part, Preallocation, ZeroFlags};
 use rust_qcow2::{Error, Result};
 
-use super::{Backend, pointer};
-use crate::error::{check, check_len};
+use super::{Backend, Failure, told_pointer};
+use crate::error::{ErrorPtr, check, check_len};
 use crate::qiov::Qiov;
 use crate::sys;
 
@@ -20,14 +20,17 @@ unsafe impl Sync for BlankFile {}
 
 impl BlankFile {
     /// # Safety
-    /// `bs` is an open node; called in a coroutine without the graph lock.
-    pub(super) unsafe fn new(bs: *mut sys::BlockDriverState) -> Result<Self> {
+    /// `bs` is an open node, and errp is not set; called in a coroutine without
+    /// the graph lock.
+    pub(super) unsafe fn new(
+        bs: *mut sys::BlockDriverState,
+        errp: ErrorPtr,
+    ) -> Result<Self, Failure> {
         let rights = u64::from(sys::BLK_PERM_WRITE | sys::BLK_PERM_RESIZE);
         let shared = u64::from(sys::BLK_PERM_ALL);
         // SAFETY: promised by the caller.
-        let backend = pointer(libc::EPERM, |errp| unsafe {
-            sys::blk_co_new_with_bs(bs, rights, shared, errp)
-        })?;
+        let backend = unsafe { sys::blk_co_new_with_bs(bs, rights, shared, errp) };
+        let backend = told_pointer(libc::EPERM, backend)?;
         // SAFETY: the backend is ours.
         unsafe { sys::blk_set_allow_write_beyond_eof(backend, true) };
         #[allow(

@@ -5,7 +5,6 @@ use std::ptr;
 
 use rust_qcow2::{Error, Result};
 
-use super::pointer;
 use crate::error::caught;
 use crate::options::text;
 use crate::sys;
@@ -124,16 +123,23 @@ impl Creation {
         self.put(c"file", node);
         // SAFETY: the dictionary is ours; what the visitor makes is ours too.
         unsafe {
-            let visitor = pointer(libc::EINVAL, |errp| {
-                sys::qobject_input_visitor_new_flat_confused(self.dict, errp)
+            let mut visitor = ptr::null_mut();
+            caught(|errp| {
+                visitor = sys::qobject_input_visitor_new_flat_confused(self.dict, errp);
+                if visitor.is_null() { -libc::EINVAL } else { 0 }
             })?;
-            let visited = pointer(libc::EINVAL, |errp| {
+            let visited = caught(|errp| {
                 let options = &raw mut self.options;
                 sys::visit_type_BlockdevCreateOptions(visitor, ptr::null(), options, errp);
-                self.options
+                if self.options.is_null() {
+                    -libc::EINVAL
+                } else {
+                    0
+                }
             });
             sys::visit_free(visitor);
-            let options = &mut *visited?;
+            visited?;
+            let options = &mut *self.options;
             // Sizes are rounded up to sectors without a word.
             let size = &mut options.u.qcow2.size;
             *size = size.next_multiple_of(u64::from(sys::BDRV_SECTOR_SIZE));
