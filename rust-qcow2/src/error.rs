@@ -21,18 +21,30 @@ impl Error {
     /// An error without a sentence. `errno` is positive (`libc::EIO`).
     #[must_use]
     pub const fn errno(errno: i32) -> Self {
-        Self { errno, message: None, append_errno: false }
+        Self {
+            errno,
+            message: None,
+            append_errno: false,
+        }
     }
 
     /// An error with a complete sentence.
     pub fn new(errno: i32, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { errno, message: Some(message.into()), append_errno: false }
+        Self {
+            errno,
+            message: Some(message.into()),
+            append_errno: false,
+        }
     }
 
     /// An error whose sentence is followed by a colon and the system's text for
     /// the error number (what QEMU's `error_setg_errno()` prints).
     pub fn with_errno(errno: i32, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { errno, message: Some(message.into()), append_errno: true }
+        Self {
+            errno,
+            message: Some(message.into()),
+            append_errno: true,
+        }
     }
 
     /// Invalid data or arguments.
@@ -77,13 +89,22 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let system = || std::io::Error::from_raw_os_error(self.errno);
+        let system = || system_text(self.errno);
         match (&self.message, self.append_errno) {
             (Some(message), false) => f.write_str(message),
             (Some(message), true) => write!(f, "{message}: {}", system()),
             (None, _) => write!(f, "{}", system()),
         }
     }
+}
+
+/// The system's text for an error number, as `strerror()` has it.
+fn system_text(errno: i32) -> String {
+    let mut text = std::io::Error::from_raw_os_error(errno).to_string();
+    if let Some(end) = text.rfind(" (os error ") {
+        text.truncate(end);
+    }
+    text
 }
 
 impl fmt::Debug for Error {
@@ -97,5 +118,25 @@ impl std::error::Error for Error {}
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
         Self::errno(e.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts() {
+        assert_eq!(Error::errno(libc::EIO).to_string(), "Input/output error");
+        let error = Error::errno(libc::ENOSPC).context("Could not write");
+        assert_eq!(
+            error.to_string(),
+            "Could not write: No space left on device"
+        );
+        assert_eq!(
+            error.context("Further away").message(),
+            Some("Could not write")
+        );
+        assert_eq!(Error::invalid("Bad").to_string(), "Bad");
     }
 }

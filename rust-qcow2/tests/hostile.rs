@@ -36,7 +36,9 @@ fn sample(shape: Shape) -> Vec<u8> {
     for i in 0..20 {
         write(&image, i * 3000, &[i as u8 + 1; 700]).unwrap();
     }
-    image.write_zeroes(GuestOffset(8192), 4096, ZeroFlags::default()).ok();
+    image
+        .write_zeroes(GuestOffset(8192), 4096, ZeroFlags::default())
+        .ok();
     image.inactivate().unwrap();
     file.bytes()
 }

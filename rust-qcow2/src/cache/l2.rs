@@ -199,7 +199,10 @@ impl L2Cache {
     /// Notes that the slice was written.
     pub fn mark_clean(&self, slice: &Arc<L2Slice>) {
         slice.dirty.store(false, Ordering::Relaxed);
-        self.inner.lock().dirty.retain(|other| !Arc::ptr_eq(other, slice));
+        self.inner
+            .lock()
+            .dirty
+            .retain(|other| !Arc::ptr_eq(other, slice));
     }
 
     /// The slices that have to be written, by their place in the file.
@@ -320,7 +323,9 @@ mod tests {
             cache.set(&slice, 3, L2Entry::ZERO_PLAIN);
         }
         assert_eq!(cache.dirty().len(), 2);
-        let Room::Dirty(victim) = cache.make_room() else { panic!("both are dirty") };
+        let Room::Dirty(victim) = cache.make_room() else {
+            panic!("both are dirty")
+        };
         let mut bytes = [0; 4096];
         victim.to_bytes(&mut bytes);
         assert_eq!(bytes[31], 1);

@@ -43,7 +43,11 @@ impl L1Entry {
     /// The same entry with the copied flag as given.
     #[must_use]
     pub const fn with_copied(self, copied: bool) -> Self {
-        Self(if copied { self.0 | COPIED } else { self.0 & !COPIED })
+        Self(if copied {
+            self.0 | COPIED
+        } else {
+            self.0 & !COPIED
+        })
     }
 
     /// Reserved bits that are set.
@@ -142,7 +146,11 @@ impl L2Entry {
     /// The same entry with the copied flag as given.
     #[must_use]
     pub const fn with_copied(self, copied: bool) -> Self {
-        Self(if copied { self.0 | COPIED } else { self.0 & !COPIED })
+        Self(if copied {
+            self.0 | COPIED
+        } else {
+            self.0 & !COPIED
+        })
     }
 
     /// Whether the compressed flag is set.
@@ -160,7 +168,11 @@ impl L2Entry {
     /// Reserved bits of a standard entry that are set.
     #[must_use]
     pub const fn reserved(self) -> u64 {
-        if self.is_compressed() { 0 } else { self.0 & L2_STD_RESERVED_MASK }
+        if self.is_compressed() {
+            0
+        } else {
+            self.0 & L2_STD_RESERVED_MASK
+        }
     }
 
     /// The place of compressed data, for an entry with the compressed flag.
@@ -254,7 +266,10 @@ mod tests {
         let at = HostOffset(0x50000);
         assert_eq!(L2Entry::normal(at).mapping(), Mapping::Normal(at));
         assert!(L2Entry::normal(at).copied());
-        assert_eq!(L2Entry::zero_allocated(at).mapping(), Mapping::ZeroAllocated(at));
+        assert_eq!(
+            L2Entry::zero_allocated(at).mapping(),
+            Mapping::ZeroAllocated(at)
+        );
         assert_eq!(L2Entry::ZERO_PLAIN.mapping(), Mapping::ZeroPlain);
         assert_eq!(L2Entry::UNALLOCATED.mapping(), Mapping::Unallocated);
         assert_eq!(L2Entry(0x50002).reserved(), 2);

@@ -102,7 +102,10 @@ impl Extensions {
                 CRYPTO_HEADER => result.crypto_header = Some(data.to_vec()),
                 BITMAPS => result.bitmaps = Some(data.to_vec()),
                 DATA_FILE => result.data_file = Some(data.to_vec()),
-                _ => result.unknown.push(Extension { kind, data: data.to_vec() }),
+                _ => result.unknown.push(Extension {
+                    kind,
+                    data: data.to_vec(),
+                }),
             }
             let padded = (len + 7) & !7;
             offset += padded as u64;
@@ -118,7 +121,12 @@ impl Extensions {
     pub fn name_incompatible(&self, bits: u64) -> String {
         let mut names = Vec::new();
         let mut unnamed = bits;
-        for entry in self.feature_table.chunks_exact(FEATURE_ENTRY) {
+        // The last name may be cut short.
+        for entry in self
+            .feature_table
+            .chunks(FEATURE_ENTRY)
+            .filter(|entry| entry.len() > 2)
+        {
             if entry[0] == FeatureType::Incompatible as u8
                 && entry[1] < 64
                 && unnamed & (1 << entry[1]) != 0
@@ -209,7 +217,10 @@ mod tests {
     fn round_trip_keeps_what_is_not_understood() {
         let extensions = Extensions {
             backing_format: Some("qcow2".into()),
-            unknown: vec![Extension { kind: 0x1234_5678, data: b"odd length".to_vec() }],
+            unknown: vec![Extension {
+                kind: 0x1234_5678,
+                data: b"odd length".to_vec(),
+            }],
             ..Default::default()
         };
         let mut header = sample();
@@ -222,7 +233,15 @@ mod tests {
         assert_eq!(again.backing_format, extensions.backing_format);
         assert_eq!(again.unknown, extensions.unknown);
         assert_eq!(again.name_incompatible(1), "dirty bit");
-        assert_eq!(again.name_incompatible(1 << 40), "Unknown incompatible feature: 10000000000");
+        let short = Extensions {
+            feature_table: b"\0\x3fShort".to_vec(),
+            ..Default::default()
+        };
+        assert_eq!(short.name_incompatible(1 << 63), "Short");
+        assert_eq!(
+            again.name_incompatible(1 << 40),
+            "Unknown incompatible feature: 10000000000"
+        );
     }
 
     #[test]

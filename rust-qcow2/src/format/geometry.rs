@@ -41,9 +41,17 @@ impl Geometry {
     /// The geometry that a header describes.
     #[must_use]
     pub fn of(header: &Header) -> Self {
-        let l2_entry_bits =
-            if header.incompatible.contains(Incompatible::EXTENDED_L2) { 4 } else { 3 };
-        Self::new(header.cluster_bits, l2_entry_bits, header.refcount_order, header.version)
+        let l2_entry_bits = if header.incompatible.contains(Incompatible::EXTENDED_L2) {
+            4
+        } else {
+            3
+        };
+        Self::new(
+            header.cluster_bits,
+            l2_entry_bits,
+            header.refcount_order,
+            header.version,
+        )
     }
 
     /// A geometry from its parts. `cluster_bits` is in range.
@@ -54,7 +62,13 @@ impl Geometry {
         refcount_order: RefcountOrder,
         version: u32,
     ) -> Self {
-        Self { cluster_bits, l2_bits: cluster_bits - l2_entry_bits, l2_entry_bits, refcount_order, version }
+        Self {
+            cluster_bits,
+            l2_bits: cluster_bits - l2_entry_bits,
+            l2_entry_bits,
+            refcount_order,
+            version,
+        }
     }
 
     /// Bytes of a cluster.

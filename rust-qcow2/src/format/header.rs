@@ -185,11 +185,15 @@ impl Header {
         }
         let version = raw.version.get();
         if !(2..=3).contains(&version) {
-            return Err(Error::unsupported(format!("Unsupported qcow2 version {version}")));
+            return Err(Error::unsupported(format!(
+                "Unsupported qcow2 version {version}"
+            )));
         }
         let cluster_bits = raw.cluster_bits.get();
         if !(geometry::MIN_CLUSTER_BITS..=geometry::MAX_CLUSTER_BITS).contains(&cluster_bits) {
-            return Err(Error::invalid(format!("Unsupported cluster size: 2^{cluster_bits}")));
+            return Err(Error::invalid(format!(
+                "Unsupported cluster size: 2^{cluster_bits}"
+            )));
         }
         let cluster_size = 1u64 << cluster_bits;
 
@@ -253,7 +257,9 @@ impl Header {
             0 => CompressionType::Zlib,
             1 => CompressionType::Zstd,
             other => {
-                return Err(Error::unsupported(format!("qcow2: unknown compression type: {other}")));
+                return Err(Error::unsupported(format!(
+                    "qcow2: unknown compression type: {other}"
+                )));
             }
         };
         let bit = self.incompatible.contains(Incompatible::COMPRESSION);

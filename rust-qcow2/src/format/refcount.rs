@@ -96,8 +96,13 @@ mod tests {
 
     #[test]
     fn limits() {
-        let max: Vec<u64> = (0..=6).map(|o| RefcountOrder::new(o).unwrap().max()).collect();
-        assert_eq!(max, [1, 3, 15, 255, 65535, u64::from(u32::MAX), i64::MAX as u64]);
+        let max: Vec<u64> = (0..=6)
+            .map(|o| RefcountOrder::new(o).unwrap().max())
+            .collect();
+        assert_eq!(
+            max,
+            [1, 3, 15, 255, 65535, u64::from(u32::MAX), i64::MAX as u64]
+        );
         assert!(RefcountOrder::new(7).is_none());
         assert_eq!(RefcountOrder::BITS_16.per_bytes(65536), 32768);
     }

@@ -191,6 +191,10 @@ impl Host for LocalHost {
         tasks.into_iter().try_for_each(|task| task())
     }
 
+    fn report(&self, error: &Error) {
+        eprintln!("{error}");
+    }
+
     fn report_corruption(&self, event: &Corruption) {
         eprintln!("qcow2: {}", event.message);
     }

@@ -38,7 +38,10 @@ impl MemoryFile {
     /// A file with content.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(Inner { bytes, ..Inner::default() })))
+        Self(Arc::new(Mutex::new(Inner {
+            bytes,
+            ..Inner::default()
+        })))
     }
 
     /// The content.
@@ -170,7 +173,9 @@ pub struct MemoryHost {
     pub file: MemoryFile,
     /// What is below.
     pub backing: Option<MemoryFile>,
-    /// What was reported.
+    /// Failures that were reported.
+    pub errors: Arc<Mutex<Vec<Error>>>,
+    /// Corruption that was reported.
     pub reports: Arc<Mutex<Vec<Corruption>>>,
 }
 
@@ -197,9 +202,17 @@ impl Host for MemoryHost {
             let threads: Vec<_> = tasks.into_iter().map(|task| scope.spawn(task)).collect();
             threads
                 .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|_| Err(Error::errno(libc::EIO))))
+                .map(|thread| {
+                    thread
+                        .join()
+                        .unwrap_or_else(|_| Err(Error::errno(libc::EIO)))
+                })
                 .fold(Ok(()), |first, result| first.and(result))
         })
+    }
+
+    fn report(&self, error: &Error) {
+        self.errors.lock().push(error.clone());
     }
 
     fn report_corruption(&self, event: &Corruption) {

@@ -12,7 +12,7 @@ pub mod memory;
 
 use std::ops::DerefMut;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use lock_api::MutexGuard;
 
 /// The guest memory of one request on the files of `H`.
@@ -50,6 +50,13 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// That of the task that failed first.
     fn parallel(&self, workers: usize, tasks: Vec<Task<'_>>) -> Result<()>;
 
+    /// Tells that metadata is about to be read or written, for those who
+    /// inject errors there. Costs nothing where nobody listens.
+    fn event(&self, _event: Event) {}
+
+    /// Tells the user of a failure that ends an operation only later, or not.
+    fn report(&self, error: &Error);
+
     /// Tells the user that the image is corrupt (event, log). Called after the
     /// corrupt bit was written where that is possible.
     fn report_corruption(&self, event: &Corruption);
@@ -57,6 +64,36 @@ pub trait Host: Send + Sync + Sized + 'static {
 
 /// One of the tasks of [`Host::parallel`].
 pub type Task<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
+
+/// Places where errors can be injected: the events of QEMU's `blkdebug` driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are those of blkdebug")]
+pub enum Event {
+    L1Update,
+    L1GrowAllocTable,
+    L1GrowWriteTable,
+    L1GrowActivateTable,
+    L2Load,
+    L2Update,
+    L2AllocCowRead,
+    L2AllocWrite,
+    CowRead,
+    CowWrite,
+    ReftableLoad,
+    ReftableUpdate,
+    RefblockLoad,
+    RefblockUpdate,
+    RefblockAlloc,
+    RefblockAllocHookup,
+    RefblockAllocWrite,
+    RefblockAllocWriteBlocks,
+    RefblockAllocWriteTable,
+    RefblockAllocSwitchTable,
+    ClusterAlloc,
+    ClusterAllocSpace,
+    ClusterFree,
+    EmptyImagePrepare,
+}
 
 /// What [`Host::report_corruption`] has to tell.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,12 +1,12 @@
 //! Finding, taking and giving back clusters of the file.
 
 use super::inflight::Freed;
-use super::refcounts::{BlockId, Change, Reason, TABLE_OFFSET_MASK};
+use super::refcounts::{BlockId, Change, Reason};
 use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
 use crate::format::geometry::{MAX_HOST_OFFSET, MAX_REFTABLE_BYTES};
-use crate::host::{File, Host};
+use crate::host::{Event, File, Host};
 use crate::units::{ClusterIndex, HostOffset, div_up};
 
 impl<H: Host> Image<H> {
@@ -17,6 +17,7 @@ impl<H: Host> Image<H> {
     pub(super) fn allocate(&self, st: &mut StateGuard<'_, H>, len: u64) -> Result<HostOffset> {
         self.ensure_usable()?;
         self.reclaim(st)?;
+        self.host.event(Event::ClusterAlloc);
         let count = div_up(len, self.geometry.cluster_size());
         loop {
             let first = self.search_free(st, count)?;
@@ -32,6 +33,20 @@ impl<H: Host> Image<H> {
             }
             return Ok(offset);
         }
+    }
+
+    /// [`Image::allocate`] for guest data: from the floor on, while there is
+    /// one.
+    pub(super) fn allocate_data(&self, st: &mut StateGuard<'_, H>, len: u64) -> Result<HostOffset> {
+        let floor = st.data_floor;
+        let hint = st.refcounts.free_hint;
+        if hint >= floor {
+            return self.allocate(st, len);
+        }
+        st.refcounts.free_hint = floor;
+        let result = self.allocate(st, len);
+        st.refcounts.free_hint = hint;
+        result
     }
 
     /// Takes up to `count` clusters from `offset` on, as far as they are free;
@@ -78,9 +93,14 @@ impl<H: Host> Image<H> {
         len: u64,
         reason: Reason,
     ) {
+        self.host.event(Event::ClusterFree);
         // What was never used cannot have been looked up.
         let wait = !matches!(reason, Reason::Never | Reason::Always)
-            && self.inflight.must_wait(Freed { offset, len, reason });
+            && self.inflight.must_wait(Freed {
+                offset,
+                len,
+                reason,
+            });
         if !wait {
             let _ = self.change_refcount(st, offset, len, Change::Sub(1), reason);
         }
@@ -164,19 +184,21 @@ impl<H: Host> Image<H> {
         if st.refcounts.block_offset(id).is_some() {
             return Ok(false);
         }
-        if id.0 >= st.refcounts.table().len() as u64 {
-            self.grow_refcount_table(st, id)?;
-            return Ok(true);
-        }
+        self.host.event(Event::RefblockAlloc);
         let cluster = self.search_free(st, 1)?;
         let (home, index) = self.block_of(cluster);
-        if home != id && home.0 >= st.refcounts.table().len() as u64 {
-            st.refcounts.free_hint = cluster.0;
-            self.grow_refcount_table(st, home)?;
+        // A block whose own count has no block yet can only be that block.
+        let counted = st.refcounts.block_offset(home).is_some();
+        let beyond = |id: BlockId| id.0 >= st.refcounts.table().len() as u64;
+        if counted && beyond(id) {
+            self.grow_refcount_table(st, id, cluster)?;
             return Ok(true);
         }
-        // A block whose own count has no block yet can only be that block.
-        let target = if st.refcounts.block_offset(home).is_some() { id } else { home };
+        if !counted && beyond(home) {
+            self.grow_refcount_table(st, home, cluster)?;
+            return Ok(true);
+        }
+        let target = if counted { id } else { home };
         let offset = self.geometry.offset_of(cluster);
         if offset.0 == 0 {
             let message = "Preventing invalid allocation of refcount block at offset 0".to_owned();
@@ -208,9 +230,16 @@ impl<H: Host> Image<H> {
     ) -> Result<()> {
         self.make_room_for_block(st)?;
         self.l2.discard(offset, self.geometry.cluster_size());
+        self.host.event(Event::RefblockAllocWrite);
         self.host.file().write(offset.0, &bytes)?;
+        self.host.event(Event::RefblockAllocHookup);
         let at = st.refcounts.table_offset().0 + id.0 * 8;
-        self.write_pointer(st, MetadataKind::REFCOUNT_TABLE, at, &offset.0.to_be_bytes())?;
+        self.write_pointer(
+            st,
+            MetadataKind::REFCOUNT_TABLE,
+            at,
+            &offset.0.to_be_bytes(),
+        )?;
         st.refcounts.set_block(id, offset);
         st.refcounts.insert_block(id, bytes);
         self.note_metadata(offset, MetadataKind::REFCOUNT_BLOCK);
@@ -219,60 +248,94 @@ impl<H: Host> Image<H> {
 
     /// Replaces the refcount table by one that is long enough for `id`, and
     /// then some. The new table and the blocks that count it lie together
-    /// where no block counts anything yet, so that nothing else changes.
-    fn grow_refcount_table(&self, st: &mut StateGuard<'_, H>, id: BlockId) -> Result<()> {
+    /// behind all that is counted by `id`, where nothing is in use yet, so that
+    /// nothing else changes. Block `id` itself is made as well, at `block`.
+    fn grow_refcount_table(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        id: BlockId,
+        block: ClusterIndex,
+    ) -> Result<()> {
         let size = self.geometry.cluster_size();
         let per_block = self.geometry.refcounts_per_block();
-        let per_table_cluster = size / 8;
-        let old = st.refcounts.table().to_vec();
-        let used = old.iter().rposition(|entry| entry & TABLE_OFFSET_MASK != 0);
-        let first_block = id.0.max(used.map_or(0, |last| last as u64 + 1));
+        let order = self.geometry.refcount_order;
+        let first_block = (id.0 + 1).max(div_up(block.0, per_block));
         let area = ClusterIndex(first_block * per_block);
-
-        // Table length and block count depend on each other; both only grow.
-        let (mut table_clusters, mut blocks) = (1u64, 1u64);
-        loop {
-            let entries = first_block + blocks + 1;
-            let wanted = div_up(entries.max(old.len() as u64 * 3 / 2), per_table_cluster);
-            let counted = div_up(wanted + blocks, per_block);
-            if wanted <= table_clusters && counted <= blocks {
-                break;
-            }
-            table_clusters = table_clusters.max(wanted);
-            blocks = blocks.max(counted);
-        }
-        if table_clusters * size > MAX_REFTABLE_BYTES {
-            return Err(Error::errno(libc::EFBIG));
-        }
-        let end = area.0 + table_clusters + blocks;
-        if end > MAX_HOST_OFFSET >> self.geometry.cluster_bits {
+        let total = self.blocks_for(area.0);
+        let table_clusters = div_up((total + div_up(total, 2)) * 8, size);
+        let blocks = total - first_block;
+        let clusters = blocks + table_clusters;
+        let end = area.0.saturating_add(clusters);
+        if table_clusters * size > MAX_REFTABLE_BYTES
+            || end > MAX_HOST_OFFSET >> self.geometry.cluster_bits
+        {
             return Err(Error::errno(libc::EFBIG));
         }
 
-        let table_offset = self.geometry.offset_of(area);
-        let blocks_offset = table_offset.add(table_clusters * size);
-        let total = (table_clusters + blocks) * size;
-        self.ensure_no_overlap(st, MetadataKind::empty(), table_offset.0, total)?;
         let file = self.host.file();
-        let mut table = old.clone();
-        table.resize((table_clusters * per_table_cluster) as usize, 0);
-        let mut left = table_clusters + blocks;
+        let mut table = st.refcounts.table().to_vec();
+        let old_len = table.len() as u64 * 8;
+        table.resize((table_clusters * size / 8) as usize, 0);
+
+        // Block `id`: counts itself, or is counted by a block that exists.
+        let block_offset = self.geometry.offset_of(block);
+        let (home, index) = self.block_of(block);
+        let mut bytes = self.host.aligned(size as usize)?;
+        self.ensure_no_overlap(st, MetadataKind::empty(), block_offset.0, size)?;
+        if home == id {
+            order.set(&mut bytes, index, 1);
+        } else {
+            self.change_refcount(st, block_offset, size, Change::Add(1), Reason::Never)?;
+            self.write_refcount_block(st, home)?;
+        }
+        self.host.event(Event::RefblockAllocWrite);
+        self.l2.discard(block_offset, size);
+        file.write(block_offset.0, &bytes)?;
+        table[id.0 as usize] = block_offset.0;
+
+        let area_offset = self.geometry.offset_of(area);
+        self.ensure_no_overlap(st, MetadataKind::empty(), area_offset.0, clusters * size)?;
+        self.host.event(Event::RefblockAllocWriteBlocks);
+        let mut left = clusters;
         for i in 0..blocks {
             let mut bytes = self.host.aligned(size as usize)?;
             for index in 0..left.min(per_block) {
-                self.geometry.refcount_order.set(&mut bytes, index as usize, 1);
+                order.set(&mut bytes, index as usize, 1);
             }
             left = left.saturating_sub(per_block);
-            let at = blocks_offset.add(i * size);
+            let at = area_offset.add(i * size);
             file.write(at.0, &bytes)?;
             table[(first_block + i) as usize] = at.0;
         }
+        self.host.event(Event::RefblockAllocWriteTable);
+        let table_offset = area_offset.add(blocks * size);
         let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         file.write(table_offset.0, &bytes)?;
         // Blocks of the old table in memory stay valid: their places are kept.
         let old_offset = st.refcounts.table_offset();
         self.set_refcount_table(st, table_offset, table)?;
-        self.free(st, old_offset, old.len() as u64 * 8, Reason::Other);
+        self.free(st, old_offset, old_len, Reason::Other);
         Ok(())
+    }
+
+    /// How many refcount blocks it takes to count `clusters` clusters, the
+    /// blocks themselves, and a table for half as many again.
+    fn blocks_for(&self, mut clusters: u64) -> u64 {
+        let per_table_cluster = self.geometry.cluster_size() / 8;
+        let per_block = self.geometry.refcounts_per_block();
+        let (mut blocks, mut table) = (0, 0);
+        let mut spare = true;
+        loop {
+            let before = (blocks, table);
+            blocks = div_up(clusters + table + blocks, per_block);
+            table = div_up(blocks, per_table_cluster);
+            if (blocks, table) == before {
+                if !spare {
+                    return blocks;
+                }
+                clusters += div_up(table, 2);
+                spare = false;
+            }
+        }
     }
 }

@@ -12,7 +12,8 @@ use crate::host::{Corruption, File, Host};
 impl Shared {
     /// Header, extensions and backing file name as they belong in the file.
     fn encode(&mut self) -> Result<Vec<u8>> {
-        self.extensions.encode(&mut self.header, self.backing_file.as_deref())
+        self.extensions
+            .encode(&mut self.header, self.backing_file.as_deref())
     }
 }
 
@@ -48,21 +49,41 @@ impl<H: Host> Image<H> {
 
     /// Clears the dirty bit, after everything in memory was written.
     pub(super) fn mark_clean(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        if !self.shared.read().header.incompatible.contains(Incompatible::DIRTY) {
+        if !self
+            .shared
+            .read()
+            .header
+            .incompatible
+            .contains(Incompatible::DIRTY)
+        {
             return Ok(());
         }
         self.write_back_all(st)?;
-        self.shared.write().header.incompatible.remove(Incompatible::DIRTY);
+        self.shared
+            .write()
+            .header
+            .incompatible
+            .remove(Incompatible::DIRTY);
         self.update_header(st)
     }
 
     /// Clears the corrupt bit, after everything in memory was written.
     pub(super) fn mark_consistent(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        if !self.shared.read().header.incompatible.contains(Incompatible::CORRUPT) {
+        if !self
+            .shared
+            .read()
+            .header
+            .incompatible
+            .contains(Incompatible::CORRUPT)
+        {
             return Ok(());
         }
         self.write_back_all(st)?;
-        self.shared.write().header.incompatible.remove(Incompatible::CORRUPT);
+        self.shared
+            .write()
+            .header
+            .incompatible
+            .remove(Incompatible::CORRUPT);
         self.update_header(st)
     }
 
@@ -103,7 +124,12 @@ impl<H: Host> Image<H> {
         if fatal {
             self.set_broken();
         }
-        self.host.report_corruption(&Corruption { fatal, offset, size, message });
+        self.host.report_corruption(&Corruption {
+            fatal,
+            offset,
+            size,
+            message,
+        });
         Error::errno(libc::EIO)
     }
 

@@ -69,7 +69,11 @@ impl InFlight {
     /// Whether a range may be freed at once. If not it was taken into the
     /// waiting room. The tables do not refer to the range any more.
     pub(super) fn must_wait(&self, freed: Freed) -> bool {
-        if self.active.iter().all(|count| count.load(Ordering::SeqCst) == 0) {
+        if self
+            .active
+            .iter()
+            .all(|count| count.load(Ordering::SeqCst) == 0)
+        {
             return false;
         }
         self.waiting.lock().current.push(freed);
@@ -111,7 +115,11 @@ mod tests {
     use super::*;
 
     fn freed(offset: u64) -> Freed {
-        Freed { offset: HostOffset(offset), len: 512, reason: Reason::Other }
+        Freed {
+            offset: HostOffset(offset),
+            len: 512,
+            reason: Reason::Other,
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::cache::l2::{L2Slice, Room};
 use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind};
 use crate::format::geometry::Geometry;
-use crate::host::{File, Host};
+use crate::host::{Event, File, Host};
 use crate::units::{GuestOffset, HostOffset};
 
 /// The L1 table in use.
@@ -22,7 +22,9 @@ pub(super) struct L1Table(RwLock<Box<[AtomicU64]>>);
 
 impl L1Table {
     pub(super) fn new(entries: impl IntoIterator<Item = u64>) -> Self {
-        Self(RwLock::new(entries.into_iter().map(AtomicU64::new).collect()))
+        Self(RwLock::new(
+            entries.into_iter().map(AtomicU64::new).collect(),
+        ))
     }
 
     /// Number of entries.
@@ -34,7 +36,9 @@ impl L1Table {
     #[inline]
     pub(super) fn get(&self, index: u64) -> L1Entry {
         let table = self.0.read();
-        let entry = usize::try_from(index).ok().and_then(|index| table.get(index));
+        let entry = usize::try_from(index)
+            .ok()
+            .and_then(|index| table.get(index));
         L1Entry(entry.map_or(0, |entry| entry.load(Ordering::Acquire)))
     }
 
@@ -45,7 +49,11 @@ impl L1Table {
 
     /// All entries.
     pub(super) fn to_vec(&self) -> Vec<u64> {
-        self.0.read().iter().map(|entry| entry.load(Ordering::Relaxed)).collect()
+        self.0
+            .read()
+            .iter()
+            .map(|entry| entry.load(Ordering::Relaxed))
+            .collect()
     }
 
     /// Exchanges the whole table.
@@ -87,9 +95,7 @@ enum Miss {
 fn is_bad(geometry: &Geometry, entry: L2Entry) -> bool {
     match entry.mapping() {
         Mapping::Normal(at) => !at.is_aligned(geometry.cluster_bits),
-        Mapping::ZeroAllocated(at) => {
-            geometry.version < 3 || !at.is_aligned(geometry.cluster_bits)
-        }
+        Mapping::ZeroAllocated(at) => geometry.version < 3 || !at.is_aligned(geometry.cluster_bits),
         Mapping::ZeroPlain => geometry.version < 3,
         Mapping::Unallocated | Mapping::Compressed => false,
     }
@@ -144,7 +150,8 @@ impl<H: Host> Image<H> {
         };
         let (offset, index) = self.slice_position(table, guest);
         let slice = self.l2.get(offset).ok_or(Miss::Load(offset))?;
-        self.run_in_slice(&slice, index, guest, len).ok_or(Miss::Bad)
+        self.run_in_slice(&slice, index, guest, len)
+            .ok_or(Miss::Bad)
     }
 
     /// Where the entry for `guest` is in the L2 table at `table`: the slice's
@@ -154,7 +161,10 @@ impl<H: Host> Image<H> {
         let entries = (self.l2.slice_size() as u64) >> self.geometry.l2_entry_bits;
         let index = self.geometry.l2_index(guest);
         let first = index & !(entries - 1);
-        (table.add(first << self.geometry.l2_entry_bits), (index - first) as usize)
+        (
+            table.add(first << self.geometry.l2_entry_bits),
+            (index - first) as usize,
+        )
     }
 
     #[inline]
@@ -184,9 +194,7 @@ impl<H: Host> Image<H> {
             while covered < len && next < slice.len() {
                 let other = slice.get(next);
                 let expected = match first {
-                    Mapping::Normal(at) => {
-                        Mapping::Normal(at.add((next - index) as u64 * size))
-                    }
+                    Mapping::Normal(at) => Mapping::Normal(at.add((next - index) as u64 * size)),
                     Mapping::ZeroAllocated(at) => {
                         Mapping::ZeroAllocated(at.add((next - index) as u64 * size))
                     }
@@ -199,7 +207,12 @@ impl<H: Host> Image<H> {
                 next += 1;
             }
         }
-        Some(Run { mapping, copied: entry.copied(), len: covered.min(len), entry })
+        Some(Run {
+            mapping,
+            copied: entry.copied(),
+            len: covered.min(len),
+            entry,
+        })
     }
 
     /// Reads a slice into the cache, after making room for it.
@@ -228,6 +241,7 @@ impl<H: Host> Image<H> {
             self.write_slice(st, &victim)?;
         }
         let mut bytes = self.host.aligned(slice_size)?;
+        self.host.event(Event::L2Load);
         self.host.file().read(offset.0, &mut bytes)?;
         Ok(self.l2.insert(L2Slice::from_bytes(offset, &bytes)))
     }
@@ -263,8 +277,10 @@ impl<H: Host> Image<H> {
         let entry = self.l1.get(index);
         if let Some(table) = entry.table() {
             if !table.is_aligned(self.geometry.cluster_bits) {
-                let message =
-                    format!("L2 table offset {:#x} unaligned (L1 index: {index:#x})", table.0);
+                let message = format!(
+                    "L2 table offset {:#x} unaligned (L1 index: {index:#x})",
+                    table.0
+                );
                 return Err(self.corrupt(st, true, None, None, message));
             }
         }
@@ -316,9 +332,11 @@ impl<H: Host> Image<H> {
         let mut bytes = self.host.aligned(size as usize)?;
         if let Some(old) = old {
             // The cached slices of a shared table are never dirty.
+            self.host.event(Event::L2AllocCowRead);
             file.read(old.0, &mut bytes)?;
         }
         self.ensure_no_overlap(st, MetadataKind::empty(), table.0, size)?;
+        self.host.event(Event::L2AllocWrite);
         file.write(table.0, &bytes)?;
         self.l2.discard(table, size);
         let before = self.l1.get(index);
@@ -335,12 +353,19 @@ impl<H: Host> Image<H> {
     /// written before, and flushes.
     pub(super) fn write_l1_entry(&self, st: &mut StateGuard<'_, H>, index: u64) -> Result<()> {
         const PER_SECTOR: u64 = 64;
+        self.host.event(Event::L1Update);
         let table_offset = self.shared.read().header.l1_table_offset;
         let first = index & !(PER_SECTOR - 1);
         let last = (first + PER_SECTOR).min(self.l1.len());
-        let bytes: Vec<u8> =
-            (first..last).flat_map(|i| self.l1.get(i).0.to_be_bytes()).collect();
-        self.write_pointer(st, MetadataKind::ACTIVE_L1, table_offset + first * 8, &bytes)
+        let bytes: Vec<u8> = (first..last)
+            .flat_map(|i| self.l1.get(i).0.to_be_bytes())
+            .collect();
+        self.write_pointer(
+            st,
+            MetadataKind::ACTIVE_L1,
+            table_offset + first * 8,
+            &bytes,
+        )
     }
 
     /// Reports the entry for `guest`, which is known to be bad.
@@ -350,7 +375,11 @@ impl<H: Host> Image<H> {
             Ok(None) => return Error::errno(libc::EIO),
             Err(error) => return error,
         };
-        let table = self.l1.get(self.geometry.l1_index(guest)).table().unwrap_or_default();
+        let table = self
+            .l1
+            .get(self.geometry.l1_index(guest))
+            .table()
+            .unwrap_or_default();
         let index = self.geometry.l2_index(guest);
         let entry = at.slice.get(at.index);
         let message = match entry.mapping() {
@@ -384,6 +413,10 @@ impl<H: Host> Image<H> {
         guest: GuestOffset,
         entry: L2Entry,
     ) -> Result<()> {
-        if is_bad(&self.geometry, entry) { Err(self.report_bad_entry(st, guest)) } else { Ok(()) }
+        if is_bad(&self.geometry, entry) {
+            Err(self.report_bad_entry(st, guest))
+        } else {
+            Ok(())
+        }
     }
 }

@@ -19,6 +19,7 @@
 mod alloc;
 pub mod check;
 pub mod create;
+mod empty;
 mod header_update;
 mod inflight;
 mod map;
@@ -101,6 +102,9 @@ struct State<H: Host> {
     refcounts: refcounts::Refcounts<H>,
     order: writeback::Order,
     allocations: PendingAllocations<H>,
+    /// Guest data goes to no cluster below this one, while preallocation needs
+    /// space that was never used.
+    data_floor: u64,
 }
 
 /// The locked [`State`].
@@ -195,12 +199,17 @@ impl<H: Host> Image<H> {
             shared.options = options;
             shared.request = request.clone();
         }
-        self.l2.resize(options.caches.l2_slices, options.caches.l2_slice_size);
+        self.l2
+            .resize(options.caches.l2_slices, options.caches.l2_slice_size);
     }
 
     /// Fails with `EIO` once the image is known to be unusable.
     fn ensure_usable(&self) -> Result<()> {
-        if self.is_broken() { Err(Error::errno(libc::EIO)) } else { Ok(()) }
+        if self.is_broken() {
+            Err(Error::errno(libc::EIO))
+        } else {
+            Ok(())
+        }
     }
 
     fn lock(&self) -> StateGuard<'_, H> {

@@ -11,15 +11,15 @@ use super::map::L1Table;
 use super::refcounts::Refcounts;
 use super::write::PendingAllocations;
 use super::writeback::Order;
-use super::{Image, OpenFlags, OptionRequest, Options, Shared, State, StateGuard, check};
+use super::{Image, OpenFlags, OptionRequest, Options, Shared, State, check};
 use crate::cache::l2::L2Cache;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
-use crate::format::geometry::{Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS};
-use crate::format::header::{
-    Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH,
+use crate::format::geometry::{
+    Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
 };
-use crate::host::{File, Host};
+use crate::format::header::{Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH};
+use crate::host::{Event, File, Host};
 use crate::units::HostOffset;
 
 /// Least size of an entry of the snapshot table, for a check of its place.
@@ -60,6 +60,7 @@ impl<H: Host> Image<H> {
             .map_err(|error| error.context("Could not read L1 table"))?;
         let options = Options::resolve(&header, flags, request)?;
         let table_entries = u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3);
+        host.event(Event::ReftableLoad);
         let refcount_table = read_table(&file, header.refcount_table_offset, table_entries)
             .map_err(|error| error.context("Could not initialize refcount handling"))?;
         let extensions = extensions?;
@@ -96,6 +97,7 @@ impl<H: Host> Image<H> {
                 refcounts: Refcounts::new(refcount_table, table_offset),
                 order: Order::default(),
                 allocations: PendingAllocations::default(),
+                data_floor: 0,
             }),
         };
         if clear_autoclear {
@@ -110,7 +112,10 @@ impl<H: Host> Image<H> {
     }
 
     fn repair_dirty(&self) -> Result<()> {
-        let fix = check::Fix { leaks: true, errors: true };
+        let fix = check::Fix {
+            leaks: true,
+            errors: true,
+        };
         let report = self
             .check(fix, &mut |line| eprintln!("{line}"))
             .map_err(|error| error.context("Could not repair dirty image"))?;
@@ -136,23 +141,33 @@ impl<H: Host> Image<H> {
     /// durable, and the dirty bit cleared. No request is in flight.
     ///
     /// # Errors
-    /// Those of the file.
+    /// Those of the file. They were reported to the user already, one for each
+    /// kind of table that could not be written.
     pub fn inactivate(&self) -> Result<()> {
         if self.is_broken() {
             return Ok(());
         }
         let mut st = self.lock();
-        self.leave(&mut st)
-    }
-
-    fn leave(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        self.reclaim(st)?;
-        self.write_back(st)?;
-        self.host.file().flush()?;
+        let report = |result: Result<()>, what: &'static str| {
+            result.inspect_err(|error| {
+                self.host.report(&Error::with_errno(error.code(), what));
+            })
+        };
+        self.reclaim(&mut st)?;
+        let slices = self
+            .write_slices(&mut st)
+            .and_then(|()| self.host.file().flush());
+        let slices = report(slices, "Failed to flush the L2 table cache");
+        let blocks = self
+            .write_dirty_refcounts(&mut st)
+            .and_then(|()| self.host.file().flush());
+        let blocks = report(blocks, "Failed to flush the refcount block cache");
+        slices.and(blocks)?;
         if self.is_writable() {
-            self.mark_clean(st)?;
+            self.mark_clean(&mut st)
+        } else {
+            Ok(())
         }
-        Ok(())
     }
 
     /// Drops clean tables from memory that were not used since the last call.
@@ -164,7 +179,8 @@ impl<H: Host> Image<H> {
 
 fn read_header<F: File>(file: &F) -> Result<Header> {
     let mut start = [0; V3_LENGTH];
-    file.read(0, &mut start).map_err(|error| error.context("Could not read qcow2 header"))?;
+    file.read(0, &mut start)
+        .map_err(|error| error.context("Could not read qcow2 header"))?;
     let mut header = Header::parse(&start)?;
     let known = V3_LENGTH as u32;
     if header.header_length > known {
@@ -180,17 +196,23 @@ fn read_header<F: File>(file: &F) -> Result<Header> {
 /// after others that users expect first.
 fn read_extensions<F: File>(file: &F, header: &Header) -> Result<Result<Extensions>> {
     let start = u64::from(header.header_length);
-    let end = header.backing_name.map_or(1 << header.cluster_bits, |(offset, _)| offset);
+    let end = header
+        .backing_name
+        .map_or(1 << header.cluster_bits, |(offset, _)| offset);
     let mut bytes = vec![0; end.saturating_sub(start) as usize];
     file.read(start, &mut bytes).map_err(|error| {
-        error.context(format!("qcow2_read_extension: ERROR: pread fail from offset {start}"))
+        error.context(format!(
+            "qcow2_read_extension: ERROR: pread fail from offset {start}"
+        ))
     })?;
     Ok(Extensions::parse(&bytes, start))
 }
 
 fn validate_tables(header: &Header, geometry: &Geometry, flags: OpenFlags) -> Result<()> {
     if header.refcount_table_clusters == 0 && !flags.check {
-        return Err(Error::invalid("Image does not contain a reference count table"));
+        return Err(Error::invalid(
+            "Image does not contain a reference count table",
+        ));
     }
     geometry.validate_table(
         header.refcount_table_offset,
@@ -240,7 +262,9 @@ fn read_table<F: File>(file: &F, offset: u64, entries: u64) -> Result<Vec<u64>> 
 }
 
 fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String>> {
-    let Some((offset, len)) = header.backing_name else { return Ok(None) };
+    let Some((offset, len)) = header.backing_name else {
+        return Ok(None);
+    };
     let room = (1u64 << header.cluster_bits) - offset;
     if len > MAX_BACKING_NAME || u64::from(len) > room {
         return Err(Error::invalid("Backing file name too long"));
@@ -248,7 +272,10 @@ fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String
     let mut bytes = vec![0; len as usize];
     file.read(offset, &mut bytes)
         .map_err(|error| error.context("Could not read backing file name"))?;
-    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    let end = bytes
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(bytes.len());
     bytes.truncate(end);
     match String::from_utf8(bytes) {
         Ok(name) => Ok(Some(name)),
@@ -259,7 +286,9 @@ fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String
 /// Refuses images that need what is not served yet, by name.
 fn refuse_unserved(header: &Header, extensions: &Extensions) -> Result<()> {
     let refuse = |what: &str| {
-        Err(Error::unsupported(format!("rqcow2 does not support {what} yet")))
+        Err(Error::unsupported(format!(
+            "rqcow2 does not support {what} yet"
+        )))
     };
     if header.crypt_method != 0 {
         return refuse("encrypted images");

@@ -86,8 +86,10 @@ impl<H: Host> Image<H> {
         match hit {
             None => Ok(()),
             Some(kind) => {
-                let message =
-                    format!("Preventing invalid write on metadata (overlaps with {})", kind.describe());
+                let message = format!(
+                    "Preventing invalid write on metadata (overlaps with {})",
+                    kind.describe()
+                );
                 Err(self.corrupt(st, true, Some(offset), Some(len), message))
             }
         }
@@ -104,7 +106,10 @@ impl<H: Host> Image<H> {
         range(0, size, MetadataKind::MAIN_HEADER);
         let (l1_offset, snapshots) = {
             let shared = self.shared.read();
-            (shared.header.l1_table_offset, shared.header.snapshots_offset)
+            (
+                shared.header.l1_table_offset,
+                shared.header.snapshots_offset,
+            )
         };
         if l1_offset != 0 {
             range(l1_offset, self.l1.len() * 8, MetadataKind::ACTIVE_L1);
@@ -115,10 +120,18 @@ impl<H: Host> Image<H> {
             }
         }
         let table = st.refcounts.table();
-        range(st.refcounts.table_offset().0, table.len() as u64 * 8, MetadataKind::REFCOUNT_TABLE);
+        range(
+            st.refcounts.table_offset().0,
+            table.len() as u64 * 8,
+            MetadataKind::REFCOUNT_TABLE,
+        );
         for entry in table {
             if entry & TABLE_OFFSET_MASK != 0 {
-                range(entry & TABLE_OFFSET_MASK, size, MetadataKind::REFCOUNT_BLOCK);
+                range(
+                    entry & TABLE_OFFSET_MASK,
+                    size,
+                    MetadataKind::REFCOUNT_BLOCK,
+                );
             }
         }
         if snapshots != 0 {

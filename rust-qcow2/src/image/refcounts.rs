@@ -6,7 +6,7 @@ use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
 use crate::format::refcount::RefcountOrder;
-use crate::host::{File, Host};
+use crate::host::{Event, File, Host};
 use crate::units::{ClusterIndex, HostOffset};
 
 /// Bits of a refcount table entry that hold the offset of the block.
@@ -110,15 +110,22 @@ impl<H: Host> Refcounts<H> {
 
     /// Blocks that have to be written, by their number.
     pub(super) fn dirty_blocks(&self) -> Vec<BlockId> {
-        let mut ids: Vec<_> =
-            self.blocks.iter().filter(|(_, block)| block.dirty).map(|(id, _)| *id).collect();
+        let mut ids: Vec<_> = self
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.dirty)
+            .map(|(id, _)| *id)
+            .collect();
         ids.sort_unstable();
         ids
     }
 
     /// The bytes of a block that has to be written.
     pub(super) fn dirty_bytes(&self, id: BlockId) -> Option<&[u8]> {
-        self.blocks.get(&id).filter(|block| block.dirty).map(|block| &*block.bytes)
+        self.blocks
+            .get(&id)
+            .filter(|block| block.dirty)
+            .map(|block| &*block.bytes)
     }
 
     pub(super) fn mark_clean(&mut self, id: BlockId) {
@@ -146,11 +153,21 @@ impl<H: Host> Refcounts<H> {
     /// Puts a block into memory, clean.
     pub(super) fn insert_block(&mut self, id: BlockId, bytes: H::Aligned) {
         self.clock += 1;
-        self.blocks.insert(id, Block { bytes, dirty: false, used: self.clock });
+        self.blocks.insert(
+            id,
+            Block {
+                bytes,
+                dirty: false,
+                used: self.clock,
+            },
+        );
     }
 
     fn oldest(&self) -> Option<BlockId> {
-        self.blocks.iter().min_by_key(|(_, block)| block.used).map(|(id, _)| *id)
+        self.blocks
+            .iter()
+            .min_by_key(|(_, block)| block.used)
+            .map(|(id, _)| *id)
     }
 
     fn touch(&mut self, id: BlockId) -> Option<&mut Block<H>> {
@@ -166,14 +183,22 @@ impl<H: Host> Image<H> {
     /// The block that has the count of a cluster, and the place in it.
     pub(super) fn block_of(&self, cluster: ClusterIndex) -> (BlockId, usize) {
         let per_block = self.geometry.refcounts_per_block();
-        (BlockId(cluster.0 / per_block), (cluster.0 % per_block) as usize)
+        (
+            BlockId(cluster.0 / per_block),
+            (cluster.0 % per_block) as usize,
+        )
     }
 
     /// Whether refcounts have to be right on disk: not while the dirty bit says
     /// that they are rebuilt before the next use.
     pub(super) fn needs_accurate_refcounts(&self) -> bool {
         use crate::format::header::Incompatible;
-        !self.shared.read().header.incompatible.contains(Incompatible::DIRTY)
+        !self
+            .shared
+            .read()
+            .header
+            .incompatible
+            .contains(Incompatible::DIRTY)
     }
 
     /// How often a cluster is referred to.
@@ -187,7 +212,11 @@ impl<H: Host> Image<H> {
         if !self.load_block(st, id)? {
             return Ok(0);
         }
-        Ok(st.refcounts.blocks.get(&id).map_or(0, |block| order.get(&block.bytes, index)))
+        Ok(st
+            .refcounts
+            .blocks
+            .get(&id)
+            .map_or(0, |block| order.get(&block.bytes, index)))
     }
 
     /// The first cluster from `from` on, within its refcount block, whose count
@@ -204,7 +233,9 @@ impl<H: Host> Image<H> {
             return Ok(zero.then_some(from));
         }
         let order: RefcountOrder = self.geometry.refcount_order;
-        let Some(block) = st.refcounts.blocks.get(&id) else { return Ok(None) };
+        let Some(block) = st.refcounts.blocks.get(&id) else {
+            return Ok(None);
+        };
         let hit = (index..per_block as usize)
             .find(|i| (order.get(&block.bytes, *i) == 0) == zero)
             .map(|i| ClusterIndex(id.0 * per_block + i as u64));
@@ -216,7 +247,9 @@ impl<H: Host> Image<H> {
         if st.refcounts.touch(id).is_some() {
             return Ok(true);
         }
-        let Some(offset) = st.refcounts.block_offset(id) else { return Ok(false) };
+        let Some(offset) = st.refcounts.block_offset(id) else {
+            return Ok(false);
+        };
         self.ensure_usable()?;
         if !offset.is_aligned(self.geometry.cluster_bits) {
             let message = format!(
@@ -227,6 +260,7 @@ impl<H: Host> Image<H> {
         }
         self.make_room_for_block(st)?;
         let mut bytes = self.host.aligned(self.geometry.cluster_size() as usize)?;
+        self.host.event(Event::RefblockLoad);
         self.host.file().read(offset.0, &mut bytes)?;
         st.refcounts.insert_block(id, bytes);
         Ok(true)
@@ -235,7 +269,9 @@ impl<H: Host> Image<H> {
     pub(super) fn make_room_for_block(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         let capacity = self.shared.read().options.caches.refcount_blocks;
         while st.refcounts.blocks.len() >= capacity {
-            let Some(victim) = st.refcounts.oldest() else { break };
+            let Some(victim) = st.refcounts.oldest() else {
+                break;
+            };
             self.write_refcount_block(st, victim)?;
             st.refcounts.blocks.remove(&victim);
         }
@@ -305,8 +341,9 @@ impl<H: Host> Image<H> {
             return Err(Error::errno(libc::EIO));
         };
         let old = order.get(&block.bytes, index);
-        let new =
-            change.apply(old, order.max()).ok_or_else(|| Error::errno(libc::EINVAL))?;
+        let new = change
+            .apply(old, order.max())
+            .ok_or_else(|| Error::errno(libc::EINVAL))?;
         order.set(&mut block.bytes, index, new);
         block.dirty = true;
         if new == 0 {
@@ -347,7 +384,10 @@ impl<H: Host> Image<H> {
             return Ok(());
         }
         let discards = std::mem::take(&mut st.refcounts.discards);
-        if discards.iter().any(|(_, _, reason)| *reason != Reason::Request) {
+        if discards
+            .iter()
+            .any(|(_, _, reason)| *reason != Reason::Request)
+        {
             self.write_back(st)?;
             self.host.file().flush()?;
         }
@@ -366,7 +406,10 @@ impl<H: Host> Image<H> {
         while start < end {
             let mut stop = start;
             while stop < end
-                && matches!(self.refcount(st, self.geometry.cluster_of(HostOffset(stop))), Ok(0))
+                && matches!(
+                    self.refcount(st, self.geometry.cluster_of(HostOffset(stop))),
+                    Ok(0)
+                )
             {
                 stop += size;
             }
@@ -387,6 +430,7 @@ impl<H: Host> Image<H> {
     ) -> Result<()> {
         use crate::format::header::field;
         let clusters = (entries.len() as u64 * 8).div_ceil(self.geometry.cluster_size()) as u32;
+        self.host.event(Event::RefblockAllocSwitchTable);
         let mut bytes = [0; 12];
         bytes[..8].copy_from_slice(&offset.0.to_be_bytes());
         bytes[8..].copy_from_slice(&clusters.to_be_bytes());

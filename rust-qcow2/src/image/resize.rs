@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, MetadataKind};
 use crate::format::geometry::MAX_L1_BYTES;
 use crate::format::header::field;
-use crate::host::{File, Host, Preallocation, ZeroFlags};
+use crate::host::{Event, File, Host, Preallocation, ZeroFlags};
 use crate::units::{ClusterIndex, GuestOffset, HostOffset, div_up, round_up};
 
 impl<H: Host> Image<H> {
@@ -32,7 +32,9 @@ impl<H: Host> Image<H> {
         let old = self.size();
         if new < old {
             if preallocation != Preallocation::Off {
-                return Err(Error::invalid("Preallocation can't be used for shrinking an image"));
+                return Err(Error::invalid(
+                    "Preallocation can't be used for shrinking an image",
+                ));
             }
             self.shrink(&mut st, old, new)?;
         } else {
@@ -52,12 +54,16 @@ impl<H: Host> Image<H> {
             st = self.zero_new_area(st, old, new)?;
         }
         if preallocation != Preallocation::Off {
-            self.write_back(&mut st).map_err(|error| {
-                error.context("Failed to flush the preallocated area to disk")
-            })?;
+            self.write_back(&mut st)
+                .map_err(|error| error.context("Failed to flush the preallocated area to disk"))?;
         }
-        self.write_pointer(&mut st, MetadataKind::MAIN_HEADER, field::SIZE, &new.to_be_bytes())
-            .map_err(|error| error.context("Failed to update the image size"))?;
+        self.write_pointer(
+            &mut st,
+            MetadataKind::MAIN_HEADER,
+            field::SIZE,
+            &new.to_be_bytes(),
+        )
+        .map_err(|error| error.context("Failed to update the image size"))?;
         self.shared.write().header.size = new;
         self.adapt_caches()
     }
@@ -99,7 +105,9 @@ impl<H: Host> Image<H> {
     /// length.
     pub(super) fn shrink_l1(&self, st: &mut StateGuard<'_, H>, keep: u64) -> Result<()> {
         let before = self.l1.to_vec();
-        let Some(cut) = before.get(keep as usize..) else { return Ok(()) };
+        let Some(cut) = before.get(keep as usize..) else {
+            return Ok(());
+        };
         if cut.iter().all(|entry| *entry == 0) {
             return Ok(());
         }
@@ -110,6 +118,7 @@ impl<H: Host> Image<H> {
             self.l1.set(index, L1Entry(0));
         }
         let zeroes = vec![0; cut.len() * 8];
+        self.host.event(Event::L1Update);
         if let Err(error) = self.write_pointer(st, MetadataKind::ACTIVE_L1, offset, &zeroes) {
             for (index, entry) in before.iter().enumerate() {
                 self.l1.set(index as u64, L1Entry(*entry));
@@ -182,6 +191,7 @@ impl<H: Host> Image<H> {
         }
         let mut table = old.clone();
         table.resize(len as usize, 0);
+        self.host.event(Event::L1GrowAllocTable);
         let offset = self.allocate(st, len * 8)?;
         if offset.0 == 0 {
             let message = "Preventing invalid allocation of L1 table at offset 0".to_owned();
@@ -202,7 +212,12 @@ impl<H: Host> Image<H> {
         self.l1.replace(table);
         self.forget_overlap_map();
         if old_offset != 0 && !old.is_empty() {
-            self.free(st, HostOffset(old_offset), old.len() as u64 * 8, Reason::Other);
+            self.free(
+                st,
+                HostOffset(old_offset),
+                old.len() as u64 * 8,
+                Reason::Other,
+            );
         }
         Ok(())
     }
@@ -216,30 +231,25 @@ impl<H: Host> Image<H> {
         self.write_dirty_refcounts(st)?;
         let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         self.ensure_no_overlap(st, MetadataKind::empty(), offset.0, bytes.len() as u64)?;
+        self.host.event(Event::L1GrowWriteTable);
         self.host.file().write(offset.0, &bytes)?;
+        self.host.event(Event::L1GrowActivateTable);
         let mut pointer = [0; 12];
         pointer[..4].copy_from_slice(&(table.len() as u32).to_be_bytes());
         pointer[4..].copy_from_slice(&offset.0.to_be_bytes());
         self.write_pointer(st, MetadataKind::MAIN_HEADER, field::L1, &pointer)
     }
 
-    fn preallocate_metadata(
-        &self,
-        st: &mut StateGuard<'_, H>,
-        old: u64,
-        new: u64,
-    ) -> Result<()> {
+    fn preallocate_metadata(&self, st: &mut StateGuard<'_, H>, old: u64, new: u64) -> Result<()> {
         if new == old {
             return Ok(());
         }
         // Only space that the file gains now: a cluster that was in use before
         // would show its old content.
         let file = self.host.file();
-        let fresh = div_up(file.length()?, self.geometry.cluster_size());
-        let hint = st.refcounts.free_hint;
-        st.refcounts.free_hint = hint.max(fresh);
+        st.data_floor = div_up(file.length()?, self.geometry.cluster_size());
         let result = self.preallocate(st, GuestOffset(old), new - old);
-        st.refcounts.free_hint = hint;
+        st.data_floor = 0;
         let end = result.map_err(|error| error.context("Allocating clusters failed"))?;
         // Reading what was allocated last must not go beyond the end of file.
         let end = round_up(end.0, self.geometry.cluster_bits);
@@ -260,16 +270,10 @@ impl<H: Host> Image<H> {
         zero: bool,
     ) -> Result<bool> {
         let bits = self.geometry.cluster_bits;
-        let first = GuestOffset(old).align_down(bits);
-        let mut guest = first;
-        // A cluster that the old end cuts may be in use already.
-        if guest.0 < old {
-            let mapping = self.lookup_locked(st, guest, 1)?.mapping;
-            if mapping.is_decided() || self.host.backing().is_some() {
-                guest = guest.add(1 << bits);
-            }
-        }
-        let count = (round_up(new, bits).saturating_sub(guest.0)) >> bits;
+        // A cluster that the old end cuts moves to the new area.
+        let guest = GuestOffset(old).align_down(bits);
+        let cut = old - guest.0;
+        let count = (round_up(new, bits) - guest.0) >> bits;
         if count == 0 {
             return Ok(false);
         }
@@ -308,7 +312,12 @@ impl<H: Host> Image<H> {
                 ));
             }
         }
+        if cut > 0 {
+            self.copy_to(st, guest, cut, start)?;
+            self.l2_waits_for_data(st);
+        }
         self.l2_waits_for_refcounts(st)?;
+        let mut replaced = Vec::new();
         let mut done = 0;
         while done < count {
             let at = self
@@ -317,13 +326,17 @@ impl<H: Host> Image<H> {
             let here = (count - done).min((at.slice.len() - at.index) as u64);
             for i in 0..here {
                 let entry = L2Entry::normal(start.add((done + i) << bits));
-                self.l2.set(&at.slice, at.index + i as usize, entry);
+                let index = at.index + i as usize;
+                let old = at.slice.get(index);
+                self.l2.set(&at.slice, index, entry);
+                if old != L2Entry::UNALLOCATED {
+                    replaced.push(old);
+                }
             }
             done += here;
         }
-        if zeroed && guest.0 > old {
-            // The rest of the cluster that the old end cut.
-            self.zero_bytes(st, old, guest.0.min(new) - old)?;
+        for entry in replaced {
+            self.free_entry(st, entry, Reason::Other);
         }
         Ok(zeroed)
     }
@@ -336,8 +349,13 @@ impl<H: Host> Image<H> {
     ) -> Result<StateGuard<'a, H>> {
         let start = round_up(old, self.geometry.cluster_bits);
         if new > start {
-            self.zeroize(&mut st, GuestOffset(start), new - start, ZeroFlags::default())
-                .map_err(|error| error.context("Failed to zero out new clusters"))?;
+            self.zeroize(
+                &mut st,
+                GuestOffset(start),
+                new - start,
+                ZeroFlags::default(),
+            )
+            .map_err(|error| error.context("Failed to zero out new clusters"))?;
         }
         if start > old {
             self.zero_bytes(&mut st, old, start.min(new) - old)
@@ -351,23 +369,14 @@ impl<H: Host> Image<H> {
         let bits = self.geometry.cluster_bits;
         let cluster = GuestOffset(at).align_down(bits);
         let mut bytes = self.host.aligned(1 << bits)?;
-        self.read_cluster_locked(st, cluster, &mut bytes)?;
+        // Brings the slice in, so that the read below needs no lock.
+        self.lookup_locked(st, cluster, 1 << bits)?;
+        self.read_bytes(cluster, &mut bytes)?;
         let first = (at - cluster.0) as usize;
         bytes[first..first + len as usize].fill(0);
         let end = self.preallocate(st, cluster, 1 << bits)?;
         self.host.file().write(end.0 - (1 << bits), &bytes)?;
         self.l2_waits_for_data(st);
         Ok(())
-    }
-
-    fn read_cluster_locked(
-        &self,
-        st: &mut StateGuard<'_, H>,
-        guest: GuestOffset,
-        bytes: &mut [u8],
-    ) -> Result<()> {
-        // Brings the slice in, so that the read below needs no lock.
-        self.lookup_locked(st, guest, bytes.len() as u64)?;
-        self.read_bytes(guest, bytes)
     }
 }

@@ -66,7 +66,11 @@ impl<H: Host> Image<H> {
             len_known += next.len;
         }
         let sparse = matches!(kind, StatusKind::Data(_)) && self.is_sparse()?;
-        Ok(BlockStatus { len: len_known, kind, sparse })
+        Ok(BlockStatus {
+            len: len_known,
+            kind,
+            sparse,
+        })
     }
 
     /// Whether notably more clusters are counted than the storage holds. Looked

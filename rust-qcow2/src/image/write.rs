@@ -7,7 +7,7 @@ use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
-use crate::host::{Content, File, GuestBuf, Host, Part, Task, WaitQueue, ZeroFlags};
+use crate::host::{Content, Event, File, GuestBuf, Host, Part, Task, WaitQueue, ZeroFlags};
 use crate::units::{GuestOffset, HostOffset, round_up};
 
 /// Up to this size of the middle, both ends around it are read in one go.
@@ -88,7 +88,9 @@ impl<H: Host> Image<H> {
     #[inline]
     fn in_place(&self, guest: GuestOffset, len: u64) -> Option<HostOffset> {
         let run = self.lookup_fast(guest, len)?;
-        let Mapping::Normal(host) = run.mapping else { return None };
+        let Mapping::Normal(host) = run.mapping else {
+            return None;
+        };
         let clear = self.overlap_fast(MetadataKind::empty(), host.0, len) == Some(None);
         (run.copied && run.len == len && clear).then_some(host)
     }
@@ -135,7 +137,9 @@ impl<H: Host> Image<H> {
         buf: GuestBuf<'_, H>,
     ) -> Result<()> {
         if pieces.len() <= 1 {
-            return pieces.pop().map_or(Ok(()), |(piece, at)| self.run_piece(piece, buf, at));
+            return pieces
+                .pop()
+                .map_or(Ok(()), |(piece, at)| self.run_piece(piece, buf, at));
         }
         // Every piece has to run, even after a failure, to end its allocation:
         // so the failure is kept aside.
@@ -193,11 +197,17 @@ impl<H: Host> Image<H> {
             Mapping::Normal(host) if entry.copied() => {
                 let host = host.add(guest.within(bits));
                 self.ensure_no_overlap(st, MetadataKind::empty(), host.0, len)?;
-                return Ok(Some(Piece { guest, len, host, allocation: None, token }));
+                return Ok(Some(Piece {
+                    guest,
+                    len,
+                    host,
+                    allocation: None,
+                    token,
+                }));
             }
             Mapping::ZeroAllocated(host) if entry.copied() => (host, true),
             _ => {
-                let host = self.allocate(st, count << bits)?;
+                let host = self.allocate_data(st, count << bits)?;
                 if host.0 == 0 {
                     let message =
                         "Preventing invalid allocation of data cluster at offset 0".to_owned();
@@ -206,8 +216,7 @@ impl<H: Host> Image<H> {
                 (host, false)
             }
         };
-        if let Err(error) =
-            self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)
+        if let Err(error) = self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)
         {
             return Err(error);
         }
@@ -270,7 +279,10 @@ impl<H: Host> Image<H> {
 
     fn run_piece(&self, piece: Piece<'_, H>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
         let Some(allocation) = &piece.allocation else {
-            return self.host.file().write_guest(piece.host.0, buf, at, piece.len as usize);
+            return self
+                .host
+                .file()
+                .write_guest(piece.host.0, buf, at, piece.len as usize);
         };
         let result = self.write_new(&piece, allocation, buf, at);
         // What this request frees need not wait for this request.
@@ -379,7 +391,11 @@ impl<H: Host> Image<H> {
             && self.is_zero(allocation.start, head, false)?
             && self.is_zero(tail_at, tail, false)?
         {
-            let flags = ZeroFlags { may_unmap: false, no_fallback: true };
+            self.host.event(Event::ClusterAllocSpace);
+            let flags = ZeroFlags {
+                may_unmap: false,
+                no_fallback: true,
+            };
             match file.write_zeroes(allocation.host.0, head + piece.len + tail, flags) {
                 Ok(()) => {
                     file.write_guest(piece.host.0, buf, at, len)?;
@@ -389,6 +405,7 @@ impl<H: Host> Image<H> {
                 Err(error) => return Err(error),
             }
         }
+        self.host.event(Event::CowRead);
         let guest_part = Part::Guest { buf, at, len };
         let (head_len, tail_len) = (head as usize, tail as usize);
         if head > 0 && tail > 0 && piece.len <= MERGE_READ_MAX {
@@ -399,6 +416,7 @@ impl<H: Host> Image<H> {
                 guest_part,
                 Part::Bytes(&whole[head_len + len..]),
             ];
+            self.host.event(Event::CowWrite);
             file.write_parts(allocation.host.0, &parts)?;
         } else {
             let mut ends = self.host.aligned(head_len + tail_len)?;
@@ -406,7 +424,11 @@ impl<H: Host> Image<H> {
             self.read_bytes(allocation.start, head_bytes)?;
             self.read_bytes(tail_at, tail_bytes)?;
             let parts = [Part::Bytes(head_bytes), guest_part, Part::Bytes(tail_bytes)];
-            file.write_parts(allocation.host.0, &parts)?;
+            // One of the ends may be empty, and no part of a write may be.
+            let first = usize::from(head_len == 0);
+            let end = parts.len() - usize::from(tail_len == 0);
+            self.host.event(Event::CowWrite);
+            file.write_parts(allocation.host.0, &parts[first..end])?;
         }
         Ok(true)
     }
@@ -442,7 +464,8 @@ impl<H: Host> Image<H> {
     }
 
     /// Gives `len` bytes from `guest` on host clusters without writing data,
-    /// for preallocation. Returns the host offset behind the last cluster.
+    /// for preallocation; what shares a cluster with them is copied. Returns
+    /// the host offset behind the last byte.
     pub(super) fn preallocate(
         &self,
         st: &mut StateGuard<'_, H>,
@@ -454,16 +477,59 @@ impl<H: Host> Image<H> {
             let Some(piece) = self.plan(st, guest, len, true)? else {
                 return Err(Error::errno(libc::EAGAIN));
             };
-            let Piece { len: done, host, allocation, token, .. } = piece;
+            let Piece {
+                len: done,
+                host,
+                allocation,
+                token,
+                ..
+            } = piece;
             drop(token);
+            let behind = guest.add(done);
             if let Some(allocation) = allocation {
-                self.end_allocation(st, &allocation, Ok(false))?;
+                let copied = self.copy_ends(st, &allocation, guest, behind);
+                self.end_allocation(st, &allocation, copied)?;
             }
             end = end.max(host.add(done));
-            guest = guest.add(done);
+            guest = behind;
             len -= done;
         }
         Ok(end)
+    }
+
+    /// Copies what new clusters hold before `from` and from `to` on. Returns
+    /// whether that was anything.
+    fn copy_ends(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        allocation: &Allocation<H>,
+        from: GuestOffset,
+        to: GuestOffset,
+    ) -> Result<bool> {
+        let mut copied = false;
+        for (start, end) in [(allocation.start, from), (to, allocation.end)] {
+            if start < end {
+                let at = allocation.host.add(start.0 - allocation.start.0);
+                self.copy_to(st, start, end.0 - start.0, at)?;
+                copied = true;
+            }
+        }
+        Ok(copied)
+    }
+
+    /// Copies guest bytes, of one cluster, to a place in the file.
+    pub(super) fn copy_to(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+        host: HostOffset,
+    ) -> Result<()> {
+        let mut bytes = self.host.aligned(len as usize)?;
+        // Brings the slice in, so that the read below needs no lock.
+        self.lookup_locked(st, guest, len)?;
+        self.read_bytes(guest, &mut bytes)?;
+        self.host.file().write(host.0, &bytes)
     }
 }
 
@@ -471,9 +537,7 @@ impl<H: Host> Image<H> {
 fn same_treatment(first: L2Entry, next: L2Entry, distance: u64) -> bool {
     match (first.mapping(), first.copied()) {
         (Mapping::Normal(host), true) => next == L2Entry::normal(host.add(distance)),
-        (Mapping::ZeroAllocated(host), true) => {
-            next == L2Entry::zero_allocated(host.add(distance))
-        }
+        (Mapping::ZeroAllocated(host), true) => next == L2Entry::zero_allocated(host.add(distance)),
         _ => {
             let in_place = next.copied() && next.mapping().host_cluster().is_some();
             !in_place

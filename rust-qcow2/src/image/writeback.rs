@@ -23,7 +23,7 @@ use super::{Image, StateGuard};
 use crate::cache::l2::L2Slice;
 use crate::error::Result;
 use crate::format::entry::MetadataKind;
-use crate::host::{File, Host};
+use crate::host::{Event, File, Host};
 
 /// What has to be durable before cached tables may be written.
 ///
@@ -117,12 +117,7 @@ impl<H: Host> Image<H> {
     /// Writes all dirty tables, each after what it waits for. Refcounts of an
     /// image whose dirty bit is set stay in memory: they are rebuilt anyway.
     pub(super) fn write_back(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        if !self.l2.is_clean() {
-            self.settle_l2(st)?;
-            for slice in self.l2.dirty() {
-                self.put_slice(st, &slice)?;
-            }
-        }
+        self.write_slices(st)?;
         if self.needs_accurate_refcounts() {
             let dirty = st.refcounts.dirty_blocks();
             if !dirty.is_empty() {
@@ -133,6 +128,18 @@ impl<H: Host> Image<H> {
             }
         }
         Ok(())
+    }
+
+    /// Writes all dirty L2 slices, after what they wait for.
+    pub(super) fn write_slices(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if self.l2.is_clean() {
+            return Ok(());
+        }
+        self.settle_l2(st)?;
+        self.l2
+            .dirty()
+            .iter()
+            .try_for_each(|slice| self.put_slice(st, slice))
     }
 
     /// [`Image::write_back`] and a flush of the file, refcounts included.
@@ -168,16 +175,22 @@ impl<H: Host> Image<H> {
         self.ensure_no_overlap(st, MetadataKind::ACTIVE_L2, slice.offset().0, len as u64)?;
         let mut bytes = self.host.aligned(len)?;
         slice.to_bytes(&mut bytes);
+        self.host.event(Event::L2Update);
         self.host.file().write(slice.offset().0, &bytes)?;
         self.l2.mark_clean(slice);
         Ok(())
     }
 
     fn put_refcount_block(&self, st: &mut StateGuard<'_, H>, id: BlockId) -> Result<()> {
-        let Some(offset) = st.refcounts.block_offset(id) else { return Ok(()) };
+        let Some(offset) = st.refcounts.block_offset(id) else {
+            return Ok(());
+        };
         let len = self.geometry.cluster_size();
         self.ensure_no_overlap(st, MetadataKind::REFCOUNT_BLOCK, offset.0, len)?;
-        let Some(bytes) = st.refcounts.dirty_bytes(id) else { return Ok(()) };
+        let Some(bytes) = st.refcounts.dirty_bytes(id) else {
+            return Ok(());
+        };
+        self.host.event(Event::RefblockUpdate);
         self.host.file().write(offset.0, bytes)?;
         st.refcounts.mark_clean(id);
         Ok(())

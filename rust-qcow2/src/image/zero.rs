@@ -37,7 +37,11 @@ impl<H: Host> Image<H> {
         let size = self.size();
         let end = guest.0 + len;
         let head = guest.within(bits);
-        let tail = if end == size { 0 } else { round_up(end, bits) - end };
+        let tail = if end == size {
+            0
+        } else {
+            round_up(end, bits) - end
+        };
         if head == 0 && tail == 0 {
             let mut st = self.lock();
             return self.zeroize(&mut st, guest, len, flags);
@@ -86,7 +90,10 @@ impl<H: Host> Image<H> {
                 Some(_) if !unmap || keep => L2Entry(old.0 | L2Entry::ZERO_PLAIN.0),
                 _ => L2Entry::ZERO_PLAIN,
             };
-            NewEntry { entry, free: unmap && !keep }
+            NewEntry {
+                entry,
+                free: unmap && !keep,
+            }
         })
     }
 
@@ -182,7 +189,10 @@ impl<H: Host> Image<H> {
                         && reason == Reason::Request
                         && new.entry.has_zero_flag()
                     {
-                        let _ = self.host.file().discard(host.0, self.geometry.cluster_size());
+                        let _ = self
+                            .host
+                            .file()
+                            .discard(host.0, self.geometry.cluster_size());
                     }
                 }
             }
@@ -190,20 +200,5 @@ impl<H: Host> Image<H> {
             count -= here;
         }
         Ok(())
-    }
-
-    /// Empties the image: everything reads as in the backing file, and the
-    /// file shrinks to what an empty image needs.
-    ///
-    /// # Errors
-    /// Those of the file.
-    pub fn make_empty(&self) -> Result<()> {
-        let mut st = self.lock();
-        self.ensure_usable()?;
-        let size = round_up(self.size(), self.geometry.cluster_bits);
-        self.discard_clusters(&mut st, GuestOffset(0), size, Reason::Snapshot, After::Unallocated)?;
-        self.shrink_l1(&mut st, 0)?;
-        self.shrink_file(&mut st)?;
-        self.write_back(&mut st)
     }
 }
