@@ -1,0 +1,1 @@
+"""Random operations on random qcow2 chains, two drivers side by side."""
