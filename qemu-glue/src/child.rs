@@ -78,7 +78,9 @@ impl Child {
         unsafe { (*self.child).bs }
     }
 
-    fn tell(&self, event: sys::BlkdebugEvent) {
+    /// Tells the image file, which may be one that injects errors, of an event.
+    #[inline]
+    pub(crate) fn tell(&self, event: sys::BlkdebugEvent) {
         // SAFETY: the observer is alive as the child is.
         unsafe { sys::bdrv_co_debug_event(self.observer, event) };
     }

@@ -4,12 +4,12 @@ use std::ffi::CStr;
 use std::io::Write as _;
 use std::ptr;
 
-use rust_qcow2::Result;
-use rust_qcow2::host::{Corruption, Host, Task};
+use rust_qcow2::host::{Corruption, Event, Host, Task};
+use rust_qcow2::{Error, Result};
 
 use crate::aligned::Aligned;
 use crate::child::Child;
-use crate::error::c_text;
+use crate::error::{self, c_text};
 use crate::lock::{CoMutex, Queue};
 use crate::{parallel, sys};
 
@@ -62,6 +62,15 @@ impl Host for Qemu {
         parallel::run(workers, tasks)
     }
 
+    #[inline]
+    fn event(&self, event: Event) {
+        self.file().tell(blkdebug_event(event));
+    }
+
+    fn report(&self, error: &Error) {
+        error::report_text(&error.to_string());
+    }
+
     fn report_corruption(&self, event: &Corruption) {
         let text = &event.message;
         let line = if event.fatal {
@@ -97,5 +106,35 @@ impl Host for Qemu {
                 event.fatal,
             );
         }
+    }
+}
+
+/// QEMU's name of an event.
+fn blkdebug_event(event: Event) -> sys::BlkdebugEvent {
+    match event {
+        Event::L1Update => sys::BLKDBG_L1_UPDATE,
+        Event::L1GrowAllocTable => sys::BLKDBG_L1_GROW_ALLOC_TABLE,
+        Event::L1GrowWriteTable => sys::BLKDBG_L1_GROW_WRITE_TABLE,
+        Event::L1GrowActivateTable => sys::BLKDBG_L1_GROW_ACTIVATE_TABLE,
+        Event::L2Load => sys::BLKDBG_L2_LOAD,
+        Event::L2Update => sys::BLKDBG_L2_UPDATE,
+        Event::L2AllocCowRead => sys::BLKDBG_L2_ALLOC_COW_READ,
+        Event::L2AllocWrite => sys::BLKDBG_L2_ALLOC_WRITE,
+        Event::CowRead => sys::BLKDBG_COW_READ,
+        Event::CowWrite => sys::BLKDBG_COW_WRITE,
+        Event::ReftableLoad => sys::BLKDBG_REFTABLE_LOAD,
+        Event::ReftableUpdate => sys::BLKDBG_REFTABLE_UPDATE,
+        Event::RefblockLoad => sys::BLKDBG_REFBLOCK_LOAD,
+        Event::RefblockUpdate => sys::BLKDBG_REFBLOCK_UPDATE_PART,
+        Event::RefblockAlloc => sys::BLKDBG_REFBLOCK_ALLOC,
+        Event::RefblockAllocHookup => sys::BLKDBG_REFBLOCK_ALLOC_HOOKUP,
+        Event::RefblockAllocWrite => sys::BLKDBG_REFBLOCK_ALLOC_WRITE,
+        Event::RefblockAllocWriteBlocks => sys::BLKDBG_REFBLOCK_ALLOC_WRITE_BLOCKS,
+        Event::RefblockAllocWriteTable => sys::BLKDBG_REFBLOCK_ALLOC_WRITE_TABLE,
+        Event::RefblockAllocSwitchTable => sys::BLKDBG_REFBLOCK_ALLOC_SWITCH_TABLE,
+        Event::ClusterAlloc => sys::BLKDBG_CLUSTER_ALLOC,
+        Event::ClusterAllocSpace => sys::BLKDBG_CLUSTER_ALLOC_SPACE,
+        Event::ClusterFree => sys::BLKDBG_CLUSTER_FREE,
+        Event::EmptyImagePrepare => sys::BLKDBG_EMPTY_IMAGE_PREPARE,
     }
 }

@@ -133,12 +133,7 @@ fn copy_text(array: &mut [c_char], text: &str) {
 /// Called in a callback of the driver for `bs`, outside of coroutines.
 unsafe fn write_back(bs: *mut sys::BlockDriverState, node: &Node) -> Result<()> {
     // SAFETY: promised by the caller.
-    let result =
-        unsafe { coroutine::run(bs, || node.serve(Access::Write, |image| image.inactivate())) };
-    if let Err(error) = &result {
-        error::report(error, "Failed to flush the metadata caches");
-    }
-    result
+    unsafe { coroutine::run(bs, || node.serve(Access::Write, |image| image.inactivate())) }
 }
 
 pub(super) unsafe extern "C" fn close(bs: *mut sys::BlockDriverState) {
