@@ -106,6 +106,14 @@ impl<H: Host> Image<H> {
         }
     }
 
+    /// Gives the clusters of a table back. Tables are read under the metadata
+    /// lock only, so no request can be using them.
+    pub(super) fn free_table(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64) {
+        self.host.event(Event::ClusterFree);
+        // A failure costs the space, as in `free`.
+        let _ = self.change_refcount(st, offset, len, Change::Sub(1), Reason::Other);
+    }
+
     /// Frees what waited for requests that have left meanwhile.
     pub(super) fn reclaim(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         if self.inflight.is_empty() {
@@ -314,7 +322,7 @@ impl<H: Host> Image<H> {
         // Blocks of the old table in memory stay valid: their places are kept.
         let old_offset = st.refcounts.table_offset();
         self.set_refcount_table(st, table_offset, table)?;
-        self.free(st, old_offset, old_len, Reason::Other);
+        self.free_table(st, old_offset, old_len);
         Ok(())
     }
 

@@ -307,7 +307,7 @@ impl<H: Host> Image<H> {
         match result {
             Ok(()) => {
                 if let Some(old) = old {
-                    self.free(st, old, size, Reason::Other);
+                    self.free_table(st, old, size);
                 }
                 Ok(())
             }

@@ -212,12 +212,7 @@ impl<H: Host> Image<H> {
         self.l1.replace(table);
         self.forget_overlap_map();
         if old_offset != 0 && !old.is_empty() {
-            self.free(
-                st,
-                HostOffset(old_offset),
-                old.len() as u64 * 8,
-                Reason::Other,
-            );
+            self.free_table(st, HostOffset(old_offset), old.len() as u64 * 8);
         }
         Ok(())
     }

@@ -103,13 +103,15 @@ impl<H: Host> Image<H> {
         mut at: usize,
     ) -> Result<()> {
         let mut failure = None;
+        let mut after = None;
         while len > 0 && failure.is_none() {
             let mut pieces = Vec::new();
             let mut st = self.lock();
             while len > 0 && pieces.len() < MAX_PIECES {
-                match self.plan(&mut st, guest, len, pieces.is_empty()) {
+                match self.plan(&mut st, guest, len, after, pieces.is_empty()) {
                     Ok(Some(piece)) => {
                         let done = piece.len;
+                        after = Some(piece.host.add(done));
                         pieces.push((piece, at));
                         guest = guest.add(done);
                         at += done as usize;
@@ -160,13 +162,15 @@ impl<H: Host> Image<H> {
         failure.into_inner().map_or(Ok(()), Err)
     }
 
-    /// Decides where the first bytes of a write go. `None` where that has to
+    /// Decides where the first bytes of a write go: best to `after`, where the
+    /// bytes before them went. `None` where that has to
     /// wait for another request and `may_wait` does not allow it.
     fn plan(
         &self,
         st: &mut StateGuard<'_, H>,
         guest: GuestOffset,
         len: u64,
+        after: Option<HostOffset>,
         may_wait: bool,
     ) -> Result<Option<Piece<'_, H>>> {
         let bits = self.geometry.cluster_bits;
@@ -190,8 +194,8 @@ impl<H: Host> Image<H> {
             }
             count += 1;
         }
-        let len = len.min((count << bits) - guest.within(bits));
         let start = guest.align_down(bits);
+        let len = len.min((count << bits) - guest.within(bits));
 
         let (host, reserved) = match entry.mapping() {
             Mapping::Normal(host) if entry.copied() => {
@@ -207,12 +211,8 @@ impl<H: Host> Image<H> {
             }
             Mapping::ZeroAllocated(host) if entry.copied() => (host, true),
             _ => {
-                let host = self.allocate_data(st, count << bits)?;
-                if host.0 == 0 {
-                    let message =
-                        "Preventing invalid allocation of data cluster at offset 0".to_owned();
-                    return Err(self.corrupt(st, true, None, None, message));
-                }
+                let host;
+                (host, count) = self.find_space(st, after, count)?;
                 (host, false)
             }
         };
@@ -220,6 +220,7 @@ impl<H: Host> Image<H> {
         {
             return Err(error);
         }
+        let len = len.min((count << bits) - guest.within(bits));
         let allocation = Arc::new(Allocation {
             start,
             end: start.add(count << bits),
@@ -235,6 +236,29 @@ impl<H: Host> Image<H> {
             allocation: Some(allocation),
             token,
         }))
+    }
+
+    /// Takes up to `count` clusters for guest data in one piece: at `after`, as
+    /// far as that is free, else all of them anywhere. Returns how many.
+    fn find_space(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        after: Option<HostOffset>,
+        count: u64,
+    ) -> Result<(HostOffset, u64)> {
+        let bits = self.geometry.cluster_bits;
+        if let Some(after) = after.filter(|after| after.is_aligned(bits)) {
+            let got = self.allocate_at(st, after, count)?;
+            if got > 0 {
+                return Ok((after, got));
+            }
+        }
+        let host = self.allocate_data(st, count << bits)?;
+        if host.0 == 0 {
+            let message = "Preventing invalid allocation of data cluster at offset 0".to_owned();
+            return Err(self.corrupt(st, true, None, None, message));
+        }
+        Ok((host, count))
     }
 
     /// Waits until no allocation is under way at `guest`, and returns how many
@@ -474,7 +498,7 @@ impl<H: Host> Image<H> {
     ) -> Result<HostOffset> {
         let mut end = HostOffset(0);
         while len > 0 {
-            let Some(piece) = self.plan(st, guest, len, true)? else {
+            let Some(piece) = self.plan(st, guest, len, None, true)? else {
                 return Err(Error::errno(libc::EAGAIN));
             };
             let Piece {
