@@ -28,9 +28,11 @@ impl<H: Host> Check<'_, '_, H> {
             } else if cluster >= self.counts.len() {
                 self.block_outside(index, offset, fix)?;
             } else if offset.0 != 0 {
+                // A count of one bit does not tell one reference from two.
+                let others = self.counts.get(cluster);
                 self.count(offset.0, geometry.cluster_size())?;
-                let count = self.counts.get(cluster);
-                if count != 1 {
+                if others != 0 {
+                    let count = others + 1;
                     self.say(format_args!(
                         "ERROR refcount block {index} refcount={count}"
                     ));
