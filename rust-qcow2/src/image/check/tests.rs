@@ -496,7 +496,7 @@ proptest! {
             file.write(block + at, &[value]).unwrap();
         }
         for (index, cluster, low) in table {
-            poke(&file, offset + index * 8, cluster * CLUSTER | low & 1 << (low % 9));
+            poke(&file, offset + index * 8, (cluster * CLUSTER) | (low & (1 << (low % 9))));
         }
         for _ in 0..2 {
             let image = open(&file);
