@@ -5,11 +5,13 @@ use std::io::Write as _;
 use std::ptr;
 
 use rust_qcow2::host::{Corruption, Event, Host, Task};
+use rust_qcow2::image::Image;
 use rust_qcow2::{Error, Result};
 
 use crate::aligned::Aligned;
 use crate::child::Child;
 use crate::error::{self, c_text};
+use crate::node::Node;
 use crate::lock::{CoMutex, Queue};
 use crate::{parallel, sys};
 
@@ -51,6 +53,15 @@ impl Host for Qemu {
     fn backing(&self) -> Option<Child> {
         // SAFETY: as above.
         unsafe { Child::backing(self.bs) }
+    }
+
+    #[inline]
+    fn layer_below(&self) -> Option<&Image<Self>> {
+        // SAFETY: as above. The image stays as long as the request that asks:
+        // a node is only closed, and an image that was exchanged only freed,
+        // while the node is drained, which waits for requests of its parents.
+        let below = unsafe { Node::below(self.bs) };
+        below.filter(|node| node.is_present()).map(Node::image)
     }
 
     fn aligned(&self, len: usize) -> Result<Aligned> {

@@ -2,12 +2,13 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 
 use parking_lot::Mutex;
 use rust_qcow2::image::{Image, OpenFlags};
 use rust_qcow2::{Error, Result};
 
+use crate::driver;
 use crate::error::{code, report_text};
 use crate::host::Qemu;
 use crate::panic::catch;
@@ -95,6 +96,30 @@ impl Node {
         // SAFETY: the slot is null or from `install`; shared references only
         // are made from it.
         unsafe { (*(*bs).opaque.cast::<Slot>()).as_ref() }
+    }
+
+    /// The node that backs `bs`, where it is one of this driver and nothing has
+    /// to be done when it is read, so that its image may be read directly.
+    ///
+    /// # Safety
+    /// Called in a request to `bs`, under the graph lock. The reference is not
+    /// used after the request.
+    #[inline]
+    pub(crate) unsafe fn below<'a>(bs: *mut sys::BlockDriverState) -> Option<&'a Self> {
+        // SAFETY: links of the graph do not change under its lock, and nodes
+        // that are linked live. `drv` is null for a node that was given up.
+        unsafe {
+            let link = (*bs).backing;
+            if link.is_null() {
+                return None;
+            }
+            let below = (*link).bs;
+            let copies = AtomicI32::from_ptr(&raw mut (*below).copy_on_read);
+            if copies.load(Ordering::Relaxed) != 0 || !driver::is_ours((*below).drv) {
+                return None;
+            }
+            Self::of(below)
+        }
     }
 
     /// The image.

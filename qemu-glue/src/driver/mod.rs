@@ -13,9 +13,11 @@ mod reopen;
 mod unserved;
 
 use std::ffi::{CStr, c_char, c_int};
+use std::ptr;
 
 use rust_qcow2::format::header::Header;
 
+use crate::error::ErrorPtr;
 use crate::node::Slot;
 use crate::panic::contain;
 use crate::sys;
@@ -60,6 +62,22 @@ unsafe fn take_over_creation() {
         (*theirs).bdrv_co_create_opts = Some(create::co_create_opts);
     }
 }
+
+/// Whether a node with the table `driver` is one of this driver, under either
+/// of its names.
+///
+/// # Safety
+/// `driver` is null or a table that was registered.
+#[inline]
+pub(crate) unsafe fn is_ours(driver: *const sys::BlockDriver) -> bool {
+    // SAFETY: promised by the caller.
+    let open = unsafe { driver.as_ref() }.and_then(|driver| driver.bdrv_open);
+    let ours: Open = open::open;
+    open.is_some_and(|open| ptr::fn_addr_eq(open, ours))
+}
+
+type Open =
+    unsafe extern "C" fn(*mut sys::BlockDriverState, *mut sys::QDict, c_int, ErrorPtr) -> c_int;
 
 type Probe = unsafe extern "C" fn(*const u8, c_int, *const c_char) -> c_int;
 

@@ -1,5 +1,8 @@
-//! Many layers that back each other: the resolved index over them.
+//! Many layers that back each other.
 //!
-//! This is the place of the index that makes a lookup independent of depth
-//! (section 3 of the design document). At this stage every layer resolves its
-//! own clusters and asks the layer below through [`crate::host::Host::backing`].
+//! [`walk`] finds the layer that has some guest bytes, in a loop over the
+//! layers: the stack stays as it is however many there are, and no layer in
+//! between costs a request of its own. This is also the place of the index
+//! that will make the loop unnecessary (section 3 of the design document).
+
+pub(crate) mod walk;

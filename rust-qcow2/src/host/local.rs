@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Buf, Content, Corruption, Host, Part, Preallocation, Task, WaitQueue, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::image::Image;
 use lock_api::MutexGuard;
 use parking_lot::{Condvar, Mutex, RawMutex};
 
@@ -181,6 +182,10 @@ impl Host for LocalHost {
 
     fn backing(&self) -> Option<LocalFile> {
         self.backing.clone()
+    }
+
+    fn layer_below(&self) -> Option<&Image<Self>> {
+        None
     }
 
     fn aligned(&self, len: usize) -> Result<Vec<u8>> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::local::{SharedBuf, ThreadQueue, gather};
 use super::{Content, Corruption, Host, Part, Preallocation, Task, ZeroFlags};
 use crate::error::{Error, Result};
+use crate::image::Image;
 use parking_lot::{Mutex, RawMutex};
 
 /// What was done to a file.
@@ -166,13 +167,15 @@ impl super::File for MemoryFile {
     }
 }
 
-/// One image in memory, with a raw file below. Tasks run in threads.
+/// One image in memory, with a raw file or another image below. Tasks run in threads.
 #[derive(Default)]
 pub struct MemoryHost {
     /// The image.
     pub file: MemoryFile,
-    /// What is below.
+    /// What is below, if that is raw.
     pub backing: Option<MemoryFile>,
+    /// What is below, if that is an image.
+    pub layer_below: Option<Arc<Image<MemoryHost>>>,
     /// Failures that were reported.
     pub errors: Arc<Mutex<Vec<Error>>>,
     /// Corruption that was reported.
@@ -191,6 +194,10 @@ impl Host for MemoryHost {
 
     fn backing(&self) -> Option<MemoryFile> {
         self.backing.clone()
+    }
+
+    fn layer_below(&self) -> Option<&Image<Self>> {
+        self.layer_below.as_deref()
     }
 
     fn aligned(&self, len: usize) -> Result<Vec<u8>> {

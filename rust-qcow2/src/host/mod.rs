@@ -13,6 +13,7 @@ pub mod memory;
 use std::ops::DerefMut;
 
 use crate::error::{Error, Result};
+use crate::image::Image;
 use lock_api::MutexGuard;
 
 /// The guest memory of one request on the files of `H`.
@@ -36,6 +37,11 @@ pub trait Host: Send + Sync + Sized + 'static {
 
     /// The backing file, where there is one.
     fn backing(&self) -> Option<Self::File>;
+
+    /// The image in the backing file, where that is one of the same kind which
+    /// may be read without asking what is in between (no filter, no
+    /// copy-on-read). Its files are read directly then.
+    fn layer_below(&self) -> Option<&Image<Self>>;
 
     /// Zeroed memory for a bounce buffer or a metadata table.
     ///

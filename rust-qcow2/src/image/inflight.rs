@@ -43,7 +43,7 @@ pub(super) struct Freed {
 }
 
 /// A request that is counted in; dropping it counts it out.
-pub(super) struct Token<'a>(&'a AtomicUsize);
+pub(crate) struct Token<'a>(&'a AtomicUsize);
 
 impl Drop for Token<'_> {
     fn drop(&mut self) {

@@ -65,14 +65,14 @@ impl L1Table {
 
 /// Guest clusters of one kind in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
+pub(crate) struct Run {
     /// What the clusters are. Host offsets are exact: they belong to the guest
     /// offset that was looked up, not to the begin of its cluster.
-    pub(super) mapping: Mapping,
+    pub(crate) mapping: Mapping,
     /// Whether the first cluster may be written in place.
     pub(super) copied: bool,
     /// Bytes from the guest offset on, at least 1 and at most as asked.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// The first L2 entry.
     pub(super) entry: L2Entry,
 }
@@ -105,11 +105,22 @@ impl<H: Host> Image<H> {
     /// What the `len` > 0 bytes at `guest` are, as far as one run goes. A run
     /// ends where the kind of cluster changes, where host clusters are not
     /// contiguous, and at the end of a slice.
-    pub(super) fn lookup(&self, guest: GuestOffset, len: u64) -> Result<Run> {
+    pub(crate) fn lookup(&self, guest: GuestOffset, len: u64) -> Result<Run> {
         match self.lookup_cached(guest, len) {
             Ok(run) => Ok(run),
             Err(_) => self.lookup_locked(&mut self.lock(), guest, len),
         }
+    }
+
+    /// How many of the `len` bytes at `guest` have no L2 table, `None` where
+    /// the first one has one.
+    #[inline]
+    pub(crate) fn without_table(&self, guest: GuestOffset, len: u64) -> Option<u64> {
+        let span = self.geometry.l2_span_bits();
+        let table = self.l1.get(self.geometry.l1_index(guest)).table();
+        table
+            .is_none()
+            .then(|| len.min((1 << span) - guest.within(span)))
     }
 
     /// [`Image::lookup`] without lock and I/O, `None` where it needs them.

@@ -36,7 +36,7 @@ mod writeback;
 mod zero;
 
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use lock_api::{Mutex, MutexGuard};
 use parking_lot::RwLock;
@@ -57,6 +57,7 @@ const MAX_PIECES: usize = 64;
 const MAX_WORKERS: usize = 8;
 
 use inflight::InFlight;
+pub(crate) use inflight::Token;
 use map::L1Table;
 use write::PendingAllocations;
 
@@ -64,6 +65,8 @@ use write::PendingAllocations;
 pub struct Image<H: Host> {
     host: H,
     geometry: Geometry,
+    /// Size of the disk in bytes, as in the header.
+    size: AtomicU64,
     /// The L1 table in use.
     l1: L1Table,
     /// Slices of L2 tables.
@@ -173,7 +176,7 @@ impl<H: Host> Image<H> {
 
     /// Size of the guest's disk in bytes.
     pub fn size(&self) -> u64 {
-        self.shared.read().header.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// The options in force.
@@ -210,6 +213,11 @@ impl<H: Host> Image<H> {
         } else {
             Ok(())
         }
+    }
+
+    /// Counts a request in that is going to use host offsets it looks up.
+    pub(crate) fn enter(&self) -> Token<'_> {
+        self.inflight.enter()
     }
 
     fn lock(&self) -> StateGuard<'_, H> {

@@ -1,7 +1,7 @@
 //! Opening an image, writing back, and leaving it.
 
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use lock_api::Mutex;
 use parking_lot::RwLock;
@@ -78,6 +78,7 @@ impl<H: Host> Image<H> {
         let image = Self {
             host,
             geometry,
+            size: AtomicU64::new(header.size),
             l1: L1Table::new(l1),
             l2: L2Cache::new(caches.l2_slices, caches.l2_slice_size),
             overlap: RwLock::new(None),

@@ -1,5 +1,7 @@
 //! Changing the size of the disk, and of the L1 table with it.
 
+use std::sync::atomic::Ordering;
+
 use super::refcounts::Reason;
 use super::zero::After;
 use super::{Image, Options, StateGuard};
@@ -65,6 +67,7 @@ impl<H: Host> Image<H> {
         )
         .map_err(|error| error.context("Failed to update the image size"))?;
         self.shared.write().header.size = new;
+        self.size.store(new, Ordering::Release);
         self.adapt_caches()
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::inflight::Token;
 use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
+use crate::chain::walk::{Source, find};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
 use crate::host::{Content, Event, File, GuestBuf, Host, Part, Task, WaitQueue, ZeroFlags};
@@ -466,16 +467,13 @@ impl<H: Host> Image<H> {
         precise: bool,
     ) -> Result<bool> {
         while len > 0 {
-            let run = self.lookup(guest, len)?;
-            let known = match run.mapping {
-                Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => run.len,
-                Mapping::Normal(_) | Mapping::Compressed => return Ok(false),
-                Mapping::Unallocated => match self.host.backing() {
-                    None => run.len,
-                    Some(backing) => match backing.content(guest.0, run.len, precise)? {
-                        (Content::Zero, known) => known,
-                        (Content::Data, _) => return Ok(false),
-                    },
+            let found = find(self, guest, len)?;
+            let known = match found.source {
+                Source::Zero => found.len,
+                Source::Data { .. } => return Ok(false),
+                Source::Below(file) => match file.content(guest.0, found.len, precise)? {
+                    (Content::Zero, known) => known,
+                    (Content::Data, _) => return Ok(false),
                 },
             };
             if known == 0 {
