@@ -78,6 +78,20 @@ offset_type! {
 #[repr(transparent)]
 pub struct ClusterIndex(pub u64);
 
+/// A number in hexadecimal as C's `%#x` prints it: zero has no prefix.
+#[derive(Clone, Copy, Debug)]
+pub struct Hex(pub u64);
+
+impl fmt::Display for Hex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == 0 {
+            f.write_str("0")
+        } else {
+            write!(f, "{:#x}", self.0)
+        }
+    }
+}
+
 /// `a / b` rounded up; `b` is not zero.
 #[inline]
 #[must_use]
@@ -108,5 +122,9 @@ mod tests {
         assert_eq!(round_up(u64::MAX, 16), !0xffff);
         assert_eq!(GuestOffset(0x12345).align_down(16), GuestOffset(0x10000));
         assert_eq!(HostOffset(0x12345).within(16), 0x2345);
+        assert_eq!(
+            (Hex(0).to_string(), Hex(10).to_string()),
+            ("0".into(), "0xa".into())
+        );
     }
 }

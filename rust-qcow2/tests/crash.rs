@@ -51,12 +51,16 @@ fn crashed(start: &[u8], events: &[Event], mut kept: impl FnMut() -> bool) -> Ve
     let mut bytes = start.to_vec();
     for (i, event) in events.iter().enumerate() {
         match event {
-            Event::Write(offset, data) if i < settled || kept() => {
+            Event::Write(offset, data) => {
                 let end = *offset as usize + data.len();
+                // The length of the file is metadata of its file system: it
+                // may be known before the data are there.
                 if bytes.len() < end {
                     bytes.resize(end, 0);
                 }
-                bytes[*offset as usize..end].copy_from_slice(data);
+                if i < settled || kept() {
+                    bytes[*offset as usize..end].copy_from_slice(data);
+                }
             }
             Event::Truncate(len) if i < settled || kept() => bytes.resize(*len as usize, 0),
             _ => {}

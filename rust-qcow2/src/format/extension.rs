@@ -164,7 +164,8 @@ impl Extensions {
         if let Some(data) = &self.crypto_header {
             put(CRYPTO_HEADER, data);
         }
-        if header.version >= 3 {
+        // Small clusters need their room for the name of the backing file.
+        if header.version >= 3 && cluster_size > 4096 {
             put(FEATURE_TABLE, &feature_table());
         }
         if let Some(data) = &self.bitmaps {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind};
 use crate::format::geometry::Geometry;
 use crate::host::{Event, File, Host};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::{GuestOffset, Hex, HostOffset};
 
 /// The L1 table in use.
 ///
@@ -238,9 +238,9 @@ impl<H: Host> Image<H> {
         let slice_size = self.l2.slice_size();
         let table = HostOffset(offset.0.wrapping_sub(within & !(slice_size as u64 - 1)));
         if !table.is_aligned(self.geometry.cluster_bits) {
-            let index = self.geometry.l1_index(guest);
+            let index = Hex(self.geometry.l1_index(guest));
             let message = format!(
-                "L2 table offset {:#x} unaligned (L1 index: {index:#x})",
+                "L2 table offset {:#x} unaligned (L1 index: {index})",
                 table.0
             );
             return Err(self.corrupt(st, true, None, None, message));
@@ -289,8 +289,9 @@ impl<H: Host> Image<H> {
         if let Some(table) = entry.table() {
             if !table.is_aligned(self.geometry.cluster_bits) {
                 let message = format!(
-                    "L2 table offset {:#x} unaligned (L1 index: {index:#x})",
-                    table.0
+                    "L2 table offset {:#x} unaligned (L1 index: {})",
+                    table.0,
+                    Hex(index)
                 );
                 return Err(self.corrupt(st, true, None, None, message));
             }
@@ -391,24 +392,24 @@ impl<H: Host> Image<H> {
             .get(self.geometry.l1_index(guest))
             .table()
             .unwrap_or_default();
-        let index = self.geometry.l2_index(guest);
+        let index = Hex(self.geometry.l2_index(guest));
         let entry = at.slice.get(at.index);
         let message = match entry.mapping() {
             Mapping::ZeroPlain | Mapping::ZeroAllocated(_) if self.geometry.version < 3 => {
                 format!(
                     "Zero cluster entry found in pre-v3 image (L2 offset: {:#x}, L2 index: \
-                     {index:#x})",
+                     {index})",
                     table.0
                 )
             }
             Mapping::ZeroAllocated(at) => format!(
                 "Preallocated zero cluster offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
-                 {index:#x})",
+                 {index})",
                 at.0, table.0
             ),
             Mapping::Normal(at) => format!(
                 "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
-                 {index:#x})",
+                 {index})",
                 at.0, table.0
             ),
             // Mended meanwhile.

@@ -30,6 +30,7 @@ mod overlap;
 mod read;
 mod refcounts;
 mod resize;
+mod shrink;
 mod status;
 mod write;
 mod writeback;

@@ -99,8 +99,15 @@ impl<H: Host> Image<H> {
         let size = self.geometry.cluster_size();
         let mut map = MetadataMap::default();
         let mut range = |offset: u64, len: u64, kind: MetadataKind| {
-            for at in (0..len).step_by(size as usize) {
-                map.add(self.geometry.cluster_of(HostOffset(offset).add(at)), kind);
+            if len == 0 {
+                return;
+            }
+            // A damaged table may lie across clusters.
+            let last = HostOffset(offset).add(len - 1);
+            for cluster in
+                self.geometry.cluster_of(HostOffset(offset)).0..=self.geometry.cluster_of(last).0
+            {
+                map.add(ClusterIndex(cluster), kind);
             }
         };
         range(0, size, MetadataKind::MAIN_HEADER);

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
 use crate::format::refcount::RefcountOrder;
 use crate::host::{Event, File, Host};
-use crate::units::{ClusterIndex, HostOffset};
+use crate::units::{ClusterIndex, Hex, HostOffset};
 
 /// Bits of a refcount table entry that hold the offset of the block.
 pub(super) const TABLE_OFFSET_MASK: u64 = !0x1ff;
@@ -150,6 +150,12 @@ impl<H: Host> Refcounts<H> {
         self.table[id.0 as usize] = offset.0;
     }
 
+    /// Forgets a block, in the table and in memory.
+    pub(super) fn remove_block(&mut self, id: BlockId) {
+        self.table[id.0 as usize] = 0;
+        self.blocks.remove(&id);
+    }
+
     /// Puts a block into memory, clean.
     pub(super) fn insert_block(&mut self, id: BlockId, bytes: H::Aligned) {
         self.clock += 1;
@@ -253,8 +259,9 @@ impl<H: Host> Image<H> {
         self.ensure_usable()?;
         if !offset.is_aligned(self.geometry.cluster_bits) {
             let message = format!(
-                "Refblock offset {:#x} unaligned (reftable index: {:#x})",
-                offset.0, id.0
+                "Refblock offset {:#x} unaligned (reftable index: {})",
+                offset.0,
+                Hex(id.0)
             );
             return Err(self.corrupt(st, true, None, None, message));
         }

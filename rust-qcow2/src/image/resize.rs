@@ -3,14 +3,13 @@
 use std::sync::atomic::Ordering;
 
 use super::refcounts::Reason;
-use super::zero::After;
 use super::{Image, Options, StateGuard};
 use crate::error::{Error, Result};
-use crate::format::entry::{L1Entry, L2Entry, MetadataKind};
+use crate::format::entry::{L2Entry, MetadataKind};
 use crate::format::geometry::MAX_L1_BYTES;
 use crate::format::header::field;
 use crate::host::{Event, File, Host, Preallocation, ZeroFlags};
-use crate::units::{ClusterIndex, GuestOffset, HostOffset, div_up, round_up};
+use crate::units::{GuestOffset, HostOffset, div_up, round_up};
 
 impl<H: Host> Image<H> {
     /// Sets the size of the disk to `new` bytes. What is added reads as zeroes
@@ -85,88 +84,6 @@ impl<H: Host> Image<H> {
         };
         self.l2.set_capacity(slices);
         Ok(())
-    }
-
-    fn shrink(&self, st: &mut StateGuard<'_, H>, old: u64, new: u64) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
-        let cut = round_up(new, bits);
-        self.discard_clusters(
-            st,
-            GuestOffset(cut),
-            round_up(old, bits).saturating_sub(cut),
-            Reason::Always,
-            After::Unallocated,
-        )
-        .map_err(|error| error.context("Failed to discard cropped clusters"))?;
-        self.shrink_l1(st, self.geometry.l1_entries_for(new))
-            .map_err(|error| error.context("Failed to reduce the number of L2 tables"))?;
-        self.shrink_file(st)
-            .map_err(|error| error.context("Failed to find the last cluster"))
-    }
-
-    /// Frees the L2 tables from L1 entry `keep` on. The L1 table keeps its
-    /// length.
-    pub(super) fn shrink_l1(&self, st: &mut StateGuard<'_, H>, keep: u64) -> Result<()> {
-        let before = self.l1.to_vec();
-        let Some(cut) = before.get(keep as usize..) else {
-            return Ok(());
-        };
-        if cut.iter().all(|entry| *entry == 0) {
-            return Ok(());
-        }
-        // What the tables let go is durable before the tables are unlinked.
-        self.write_back(st)?;
-        let offset = self.shared.read().header.l1_table_offset + keep * 8;
-        for index in keep..before.len() as u64 {
-            self.l1.set(index, L1Entry(0));
-        }
-        let zeroes = vec![0; cut.len() * 8];
-        self.host.event(Event::L1Update);
-        if let Err(error) = self.write_pointer(st, MetadataKind::ACTIVE_L1, offset, &zeroes) {
-            for (index, entry) in before.iter().enumerate() {
-                self.l1.set(index as u64, L1Entry(*entry));
-            }
-            return Err(error);
-        }
-        for entry in cut {
-            if let Some(table) = L1Entry(*entry).table() {
-                self.free(st, table, self.geometry.cluster_size(), Reason::Always);
-            }
-        }
-        self.pass_discards(st)
-    }
-
-    /// Cuts the file behind its last cluster in use.
-    pub(super) fn shrink_file(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        let file = self.host.file();
-        let length = file.length()?;
-        let end = self.used_end(st, length)?;
-        if end < length {
-            // Metadata first: nothing on disk may refer to what is cut off.
-            self.write_back(st)?;
-            file.flush()?;
-            // A file that cannot shrink costs space, nothing else.
-            let _ = file.truncate(end, false, Preallocation::Off, false);
-        }
-        Ok(())
-    }
-
-    /// The offset behind the last cluster in use of a file of `length` bytes.
-    fn used_end(&self, st: &mut StateGuard<'_, H>, length: u64) -> Result<u64> {
-        let bits = self.geometry.cluster_bits;
-        let mut cluster = div_up(length, 1 << bits);
-        while cluster > 0 {
-            let (id, _) = self.block_of(ClusterIndex(cluster - 1));
-            if st.refcounts.block_offset(id).is_none() {
-                cluster = id.0 * self.geometry.refcounts_per_block();
-                continue;
-            }
-            if self.refcount(st, ClusterIndex(cluster - 1))? != 0 {
-                return Ok(cluster << bits);
-            }
-            cluster -= 1;
-        }
-        Err(Error::errno(libc::EIO))
     }
 
     /// Makes the L1 table at least `entries` long, with `exact` not longer than

@@ -110,6 +110,9 @@ impl<H: Host> Image<H> {
         st: &mut StateGuard<'_, H>,
         id: BlockId,
     ) -> Result<()> {
+        if st.refcounts.dirty_bytes(id).is_none() {
+            return Ok(());
+        }
         self.settle_refcounts(st)?;
         self.put_refcount_block(st, id)
     }
