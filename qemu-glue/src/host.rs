@@ -11,8 +11,8 @@ use rust_qcow2::{Error, Result};
 use crate::aligned::Aligned;
 use crate::child::Child;
 use crate::error::{self, c_text};
-use crate::node::Node;
 use crate::lock::{CoMutex, Queue};
+use crate::node::Node;
 use crate::{parallel, sys};
 
 /// The node of an image.

@@ -1,6 +1,6 @@
 //! qcow2 images and chains of them.
 //!
-//! The crate knows the on-disk format ([`format`]), what is done with one
+//! The crate knows the on-disk format ([`mod@format`]), what is done with one
 //! image file ([`image`]), and nothing of QEMU: all I/O, locking and waiting
 //! goes through the traits of [`host`]. The same code serves the QEMU block
 //! driver, command-line tools, tests and fuzzers.

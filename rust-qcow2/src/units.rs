@@ -106,7 +106,7 @@ pub const fn round_up(a: u64, bits: u32) -> u64 {
     let mask = (1u64 << bits) - 1;
     match a.checked_add(mask) {
         Some(sum) => sum & !mask,
-        None => u64::MAX & !mask,
+        None => !mask,
     }
 }
 

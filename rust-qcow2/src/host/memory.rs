@@ -207,14 +207,16 @@ impl Host for MemoryHost {
     fn parallel(&self, _workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
         std::thread::scope(|scope| {
             let threads: Vec<_> = tasks.into_iter().map(|task| scope.spawn(task)).collect();
-            threads
+            // All of them have to end, also after a failure.
+            let results: Vec<_> = threads
                 .into_iter()
                 .map(|thread| {
                     thread
                         .join()
                         .unwrap_or_else(|_| Err(Error::errno(libc::EIO)))
                 })
-                .fold(Ok(()), |first, result| first.and(result))
+                .collect();
+            results.into_iter().collect()
         })
     }
 

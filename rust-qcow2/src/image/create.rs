@@ -41,7 +41,7 @@ pub struct CreateRequest {
     pub preallocation: Preallocation,
 }
 
-/// What [`format`] has to know.
+/// What [`format()`] has to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreateParams {
     /// Version of the format, 2 or 3.

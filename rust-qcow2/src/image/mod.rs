@@ -3,7 +3,7 @@
 //! An [`Image`] is shared by all requests in flight. What changes sits behind
 //! three kinds of protection:
 //!
-//! - the metadata lock ([`Image::state`]): allocator, refcounts, dirty tables.
+//! - the metadata lock (`state`): allocator, refcounts, dirty tables.
 //!   It is the host's lock and is held across metadata I/O, never across the
 //!   I/O of guest data;
 //! - short locks inside of the L1 table and the cache of L2 slices, which are

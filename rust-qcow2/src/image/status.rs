@@ -65,7 +65,9 @@ impl<H: Host> Image<H> {
             }
             len_known += next.len;
         }
-        let sparse = matches!(kind, StatusKind::Data(_)) && self.is_sparse()?;
+        // Looked up for any kind, so that the first status takes its time when
+        // nobody depends on the order of events yet, as with the C driver.
+        let sparse = self.is_sparse()? && matches!(kind, StatusKind::Data(_));
         Ok(BlockStatus {
             len: len_known,
             kind,
@@ -99,9 +101,6 @@ impl<H: Host> Image<H> {
         end: u64,
         threshold: u64,
     ) -> Result<bool> {
-        if end <= threshold {
-            return Ok(false);
-        }
         let mut counted = 0;
         let mut cluster = 0;
         while cluster < end {

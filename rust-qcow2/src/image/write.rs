@@ -217,10 +217,7 @@ impl<H: Host> Image<H> {
                 (host, false)
             }
         };
-        if let Err(error) = self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)
-        {
-            return Err(error);
-        }
+        self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)?;
         let len = len.min((count << bits) - guest.within(bits));
         let allocation = Arc::new(Allocation {
             start,
