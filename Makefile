@@ -2,15 +2,14 @@
 # alone; each script says in its head what it does and which environment
 # variables it knows. Parallelism: RQCOW2_JOBS, default all CPUs.
 
-.PHONY: help deps build stock plain demo check iotests bench soak study clean
+.PHONY: help deps build stock plain demo check iotests bench soak clean
 
 help:
 	@echo 'make demo     from nothing to a guest on a chain of 300 layers, and what it costs'
 	@echo 'make check    every test: format, lints, unit, differential, iotests'
 	@echo 'make iotests  the iotests only'
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
-	@echo 'make study    the measurements of the study'
-	@echo 'make soak     random work on random chains, for hours'
+	@echo 'make soak     random operations beside the C driver, for 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
 	@echo 'make build    the patched programs, in build/bin'
@@ -45,10 +44,7 @@ bench:
 	bench/run
 
 soak:
-	ci/soak
-
-study:
-	bench/study
+	tests/differential --time 14400
 
 clean:
 	rm -rf build target
