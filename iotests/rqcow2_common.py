@@ -67,6 +67,12 @@ def qio(driver, path, *commands, options=(), read_only=False):
     return output
 
 
+def neutral(text):
+    """Output without the test's directory, with the driver's name as the format's."""
+    text = text.replace(iotests.test_dir, 'TEST_DIR')
+    return text if DRIVER == 'qcow2' else text.replace(DRIVER, 'qcow2')
+
+
 def interleave(option, values):
     """The values, each after the option."""
     return [word for value in values for word in (option, value)]
@@ -79,9 +85,25 @@ def check(path, driver='qcow2'):
 
 
 def sha(path):
-    """A digest of a file."""
+    """A digest of a file, however large its holes are."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                data = os.pread(file.fileno(), min(MIB, end - at), at)
+                if data.strip(b'\0'):
+                    # Zeroes in data and holes are the same.
+                    digest.update(b'%d:' % at + data.rstrip(b'\0'))
+                at += len(data)
+    digest.update(b'%d' % size)
+    return digest.hexdigest()
 
 
 def content(path, driver):
