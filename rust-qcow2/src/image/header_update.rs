@@ -49,41 +49,20 @@ impl<H: Host> Image<H> {
 
     /// Clears the dirty bit, after everything in memory was written.
     pub(super) fn mark_clean(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        if !self
-            .shared
-            .read()
-            .header
-            .incompatible
-            .contains(Incompatible::DIRTY)
-        {
-            return Ok(());
-        }
-        self.write_back_all(st)?;
-        self.shared
-            .write()
-            .header
-            .incompatible
-            .remove(Incompatible::DIRTY);
-        self.update_header(st)
+        self.clear_state(st, Incompatible::DIRTY)
     }
 
     /// Clears the corrupt bit, after everything in memory was written.
     pub(super) fn mark_consistent(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        if !self
-            .shared
-            .read()
-            .header
-            .incompatible
-            .contains(Incompatible::CORRUPT)
-        {
+        self.clear_state(st, Incompatible::CORRUPT)
+    }
+
+    fn clear_state(&self, st: &mut StateGuard<'_, H>, bit: Incompatible) -> Result<()> {
+        if !self.shared.read().header.incompatible.contains(bit) {
             return Ok(());
         }
         self.write_back_all(st)?;
-        self.shared
-            .write()
-            .header
-            .incompatible
-            .remove(Incompatible::CORRUPT);
+        self.shared.write().header.incompatible.remove(bit);
         self.update_header(st)
     }
 

@@ -12,12 +12,13 @@
 //! - atomics, for entries of tables and for counters.
 //!
 //! Room by room: [`open`](Image::open) reads the header and tables, `map`
-//! finds clusters, `read`, `write`, `zero` serve the guest, `alloc` and
+//! finds clusters, `read`, `write`, `cow`, `zero` serve the guest, `alloc` and
 //! `refcounts` own the space of the file, `writeback` owns the order of
 //! metadata writes, `check` verifies and repairs.
 
 mod alloc;
 pub mod check;
+mod cow;
 pub mod create;
 mod empty;
 mod header_update;
