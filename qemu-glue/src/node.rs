@@ -32,6 +32,8 @@ pub(crate) struct Node {
     failed: AtomicBool,
     /// The image could not be opened again: the node is as good as closed.
     gone: AtomicBool,
+    /// The user was told once why a request failed.
+    told: AtomicBool,
     timer: Mutex<Timer>,
 }
 
@@ -63,6 +65,7 @@ impl Node {
             retired: Mutex::new(Vec::new()),
             failed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            told: AtomicBool::new(false),
             timer: Mutex::new(Timer(ptr::null_mut())),
         });
         // SAFETY: QEMU allocated `instance_size` bytes, and no request comes
@@ -192,6 +195,15 @@ impl Node {
         }
     }
 
+    /// Tells the user why a request failed, where there is more to say than the
+    /// number that the request returns. Once, as the guest may try for ever.
+    #[cold]
+    fn explain(&self, error: &Error) {
+        if error.message().is_some() && !self.told.swap(true, Ordering::Relaxed) {
+            report_text(&error.to_string());
+        }
+    }
+
     /// Does `f` with the image; a panic fails the node and the request.
     #[inline]
     pub(crate) fn serve<T>(
@@ -276,7 +288,13 @@ pub(crate) unsafe fn request(
 ) -> c_int {
     // SAFETY: promised by the caller.
     match unsafe { Node::of(bs) } {
-        Some(node) => code(node.serve(access, f)),
+        Some(node) => {
+            let result = node.serve(access, f);
+            if let Err(error) = &result {
+                node.explain(error);
+            }
+            code(result)
+        }
         None => -libc::ENOMEDIUM,
     }
 }

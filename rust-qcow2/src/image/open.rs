@@ -18,10 +18,14 @@ use crate::format::extension::Extensions;
 use crate::format::geometry::{
     Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
 };
-use crate::format::header::{Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH};
+use crate::format::header::{
+    Autoclear, Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH,
+};
 use crate::host::{Event, File, Host};
 use crate::units::HostOffset;
 
+/// The encryption method LUKS in the header.
+const CRYPT_LUKS: u32 = 2;
 /// Least size of an entry of the snapshot table, for a check of its place.
 const SNAPSHOT_HEADER: u64 = 40;
 
@@ -64,7 +68,7 @@ impl<H: Host> Image<H> {
         let refcount_table = read_table(&file, header.refcount_table_offset, table_entries)
             .map_err(|error| error.context("Could not initialize refcount handling"))?;
         let extensions = extensions?;
-        refuse_unserved(&header, &extensions)?;
+        refuse_unserved(&header, &extensions, flags)?;
         let backing_file = read_backing_name(&file, &header)?;
 
         let clear_autoclear =
@@ -285,12 +289,18 @@ fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String
 }
 
 /// Refuses images that need what is not served yet, by name.
-fn refuse_unserved(header: &Header, extensions: &Extensions) -> Result<()> {
+fn refuse_unserved(header: &Header, extensions: &Extensions, flags: OpenFlags) -> Result<()> {
     let refuse = |what: &str| {
         Err(Error::unsupported(format!(
             "rqcow2 does not support {what} yet"
         )))
     };
+    // The crypto header goes with LUKS only, and that is refused.
+    if extensions.crypto_header.is_some() && header.crypt_method != CRYPT_LUKS {
+        return Err(Error::invalid(
+            "CRYPTO header extension only expected with LUKS encryption method",
+        ));
+    }
     if header.crypt_method != 0 {
         return refuse("encrypted images");
     }
@@ -299,6 +309,9 @@ fn refuse_unserved(header: &Header, extensions: &Extensions) -> Result<()> {
     }
     if header.incompatible.contains(Incompatible::EXTENDED_L2) {
         return refuse("images with extended L2 entries (subclusters)");
+    }
+    if header.autoclear.contains(Autoclear::RAW_DATA_FILE) && !flags.no_io {
+        return Err(Error::invalid("data-file-raw requires a data file"));
     }
     if header.nb_snapshots != 0 {
         return refuse("images with internal snapshots");

@@ -67,7 +67,7 @@ impl<H: Host> Image<H> {
         }
         // Looked up for any kind, so that the first status takes its time when
         // nobody depends on the order of events yet, as with the C driver.
-        let sparse = self.is_sparse()? && matches!(kind, StatusKind::Data(_));
+        let sparse = self.is_sparse() && matches!(kind, StatusKind::Data(_));
         Ok(BlockStatus {
             len: len_known,
             kind,
@@ -77,30 +77,31 @@ impl<H: Host> Image<H> {
 
     /// Whether notably more clusters are counted than the storage holds. Looked
     /// up once, with every refcount block.
-    fn is_sparse(&self) -> Result<bool> {
+    fn is_sparse(&self) -> bool {
         if let Some(known) = self.sparse.get() {
-            return Ok(*known);
+            return *known;
         }
         let mut st = self.lock();
         let sparse = match self.host.file().allocated() {
             None => false,
             Some(allocated) => {
                 let size = self.geometry.cluster_size();
-                let stored = allocated.div_ceil(size);
+                let stored = allocated / size;
                 let threshold = (stored * 10 / 9).max(stored + 2);
-                let end = self.host.file().length()?.div_ceil(size);
-                self.counted_clusters_exceed(&mut st, end, threshold)?
+                // Where the refcounts cannot be read nothing is known of it.
+                self.counted_clusters_reach(&mut st, threshold)
+                    .unwrap_or(false)
             }
         };
-        Ok(*self.sparse.get_or_init(|| sparse))
+        *self.sparse.get_or_init(|| sparse)
     }
 
-    fn counted_clusters_exceed(
-        &self,
-        st: &mut StateGuard<'_, H>,
-        end: u64,
-        threshold: u64,
-    ) -> Result<bool> {
+    fn counted_clusters_reach(&self, st: &mut StateGuard<'_, H>, threshold: u64) -> Result<bool> {
+        let end = self
+            .host
+            .file()
+            .length()?
+            .div_ceil(self.geometry.cluster_size());
         let mut counted = 0;
         let mut cluster = 0;
         while cluster < end {
@@ -111,7 +112,7 @@ impl<H: Host> Image<H> {
             }
             if self.refcount(st, ClusterIndex(cluster))? != 0 {
                 counted += 1;
-                if counted > threshold {
+                if counted >= threshold {
                     return Ok(true);
                 }
             }

@@ -213,7 +213,9 @@ impl<H: Host> Image<H> {
                 (host, false)
             }
         };
-        self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)?;
+        if reserved {
+            self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)?;
+        }
         let len = len.min((count << bits) - guest.within(bits));
         let allocation = Arc::new(Allocation {
             start,
@@ -244,10 +246,12 @@ impl<H: Host> Image<H> {
         if let Some(after) = after.filter(|after| after.is_aligned(bits)) {
             let got = self.allocate_at(st, after, count)?;
             if got > 0 {
+                self.ensure_no_overlap(st, MetadataKind::empty(), after.0, got << bits)?;
                 return Ok((after, got));
             }
         }
         let host = self.allocate_data(st, count << bits)?;
+        self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)?;
         if host.0 == 0 {
             let message = "Preventing invalid allocation of data cluster at offset 0".to_owned();
             return Err(self.corrupt(st, true, None, None, message));
