@@ -199,6 +199,8 @@ impl<H: Host> Image<H> {
             guest = guest.add(here << bits);
             count -= here;
         }
+        // What was freed may have shown that the image is damaged.
+        self.ensure_usable()?;
         Ok(())
     }
 }
