@@ -102,7 +102,18 @@ impl<H: Host> Image<H> {
                 reason,
             });
         if !wait {
-            let _ = self.change_refcount(st, offset, len, Change::Sub(1), reason);
+            self.free_now(st, offset, len, reason);
+        }
+    }
+
+    /// Lowers refcounts. Where they are damaged the user is told, and the
+    /// clusters stay allocated: that costs space, and no data.
+    fn free_now(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64, reason: Reason) {
+        if let Err(error) = self.change_refcount(st, offset, len, Change::Sub(1), reason) {
+            self.host.report(&Error::with_errno(
+                error.code(),
+                "qcow2_free_clusters failed",
+            ));
         }
     }
 
@@ -110,8 +121,7 @@ impl<H: Host> Image<H> {
     /// lock only, so no request can be using them.
     pub(super) fn free_table(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64) {
         self.host.event(Event::ClusterFree);
-        // A failure costs the space, as in `free`.
-        let _ = self.change_refcount(st, offset, len, Change::Sub(1), Reason::Other);
+        self.free_now(st, offset, len, Reason::Other);
     }
 
     /// Frees what waited for requests that have left meanwhile.
@@ -120,7 +130,7 @@ impl<H: Host> Image<H> {
             return Ok(());
         }
         for freed in self.inflight.released() {
-            self.change_refcount(st, freed.offset, freed.len, Change::Sub(1), freed.reason)?;
+            self.free_now(st, freed.offset, freed.len, freed.reason);
         }
         self.pass_discards(st)
     }
