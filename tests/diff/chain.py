@@ -24,7 +24,8 @@ class Layer:
         self.version = version
         self.lazy = False
         self.preallocated = False
-        # Cut off within a cluster: the rest of it may come back.
+        # The end is within a cluster, and the rest of that may hold something
+        # else than zeroes: it was cut off, or copied from a longer backing file.
         self.cut = False
         self.content = Runs(size)
 
@@ -143,6 +144,12 @@ class Chain:
     def top(self):
         """The image that is written to."""
         return self.layers[-1]
+
+    def note_tails(self):
+        """Notes which images may have copied something beyond their end."""
+        for below, layer in zip(self.layers, self.layers[1:]):
+            if layer.size % layer.cluster and below.size > layer.size:
+                layer.cut = True
 
     def draw_size(self, rng, cluster):
         """The size of a disk."""
@@ -456,7 +463,9 @@ class Chain:
                                f'  {oracle.name}: {texts[1]}')
             if command[0] == 'map' and self.alike:
                 other = self.run(oracle, 1 - side, 'qemu-img', line)[1]
-                exact = not any(layer.preallocated for layer in self.layers)
+                # A commit keeps the zeroes that it sees, and how many of those
+                # are seen in sparse files depends on their storage.
+                exact = not (self.counts.get('commit') or any(layer.preallocated for layer in self.layers))
                 maps = [self.normal_map(text, exact) for text in (texts[1], other)]
                 if maps[0] != maps[1]:
                     raise Mismatch(f'qemu-img map {self.top.name}: side {"ab"[side]}: {maps[0]}\n'

@@ -240,6 +240,13 @@ def truncate(chain, rng):
     top.content.resize(size)
     if size < old:
         top.cut = size % top.cluster != 0
+    elif mode == 'metadata':
+        # QEMU's driver may reuse clusters here that were in use before, and
+        # leaves in them what there was.
+        opened(chain, rng)
+        chain.must(f'write -q -P 9 {old} {size - old}')
+        top.content.fill(old, size, 9)
+        top.cut = False
     elif cut:
         # Nobody promises zeroes there. Make it known what there is.
         opened(chain, rng)
@@ -263,14 +270,12 @@ def reopen(chain, rng):
     if chain.io and chain.top.kind == 'qcow2' and rng.random() < 0.5:
         options = ','.join(o for o in chain.draw_open_options(rng)
                            if not o.startswith(('discard=', 'cache.', 'discard-no-unref')))
-        lines = []
-        if rng.random() < 0.5:
-            lines += ['reopen -r', 'reopen -w']
-        if options:
-            lines.append(f'reopen -o {options}')
-        if lines:
-            chain.commands(*lines)
+        if options and rng.random() < 0.7:
+            chain.commands(f'reopen -o {options}')
             return
+        # Closed right after: in QEMU itself, requests in flight at once may
+        # find a file descriptor closed after a change of this kind.
+        chain.commands('reopen -r', 'read -q 0 512', 'reopen -w')
     chain.close()
     if rng.random() < 0.3:
         chain.verify(rng, False)
@@ -583,6 +588,7 @@ def play(settings, directory, seed, sequence):
             chain.note(f'#{number} {name}')
             chain.counts[name] = chain.counts.get(name, 0) + 1
             BY_NAME[name](chain, random.Random(own))
+            chain.note_tails()
             if settings.inject and number >= len(sequence) // 2:
                 if settings.inject != 'lost-write' and not chain.injected:
                     chain.close()
