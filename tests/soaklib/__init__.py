@@ -1,0 +1,1 @@
+"""Checked input and output on a disk while its chain of layers changes."""
