@@ -41,6 +41,7 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_get_node_name",
     "bdrv_getlength",
     "bdrv_graph_co_rdlock",
+    "bdrv_graph_generation",
     "bdrv_graph_co_rdunlock",
     "bdrv_has_zero_init",
     "bdrv_is_read_only",

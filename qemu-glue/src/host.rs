@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::io::Write as _;
 use std::ptr;
+use std::sync::Arc;
 
 use rust_qcow2::host::{Corruption, Event, Host, Task};
 use rust_qcow2::image::Image;
@@ -35,6 +36,11 @@ impl Qemu {
     pub(crate) unsafe fn new(bs: *mut sys::BlockDriverState) -> Self {
         Self { bs }
     }
+
+    /// The node.
+    pub(crate) fn node(&self) -> *mut sys::BlockDriverState {
+        self.bs
+    }
 }
 
 impl Host for Qemu {
@@ -55,13 +61,20 @@ impl Host for Qemu {
         unsafe { Child::backing(self.bs) }
     }
 
-    #[inline]
-    fn layer_below(&self) -> Option<&Image<Self>> {
-        // SAFETY: as above. The image stays as long as the request that asks:
-        // a node is only closed, and an image that was exchanged only freed,
-        // while the node is drained, which waits for requests of its parents.
+    fn layer_below(&self) -> Option<Arc<Image<Self>>> {
+        // SAFETY: as above. A node is only closed, and an image that was
+        // exchanged only freed, while the node is drained, which waits for the
+        // requests of its parents.
         let below = unsafe { Node::below(self.bs) };
-        below.filter(|node| node.is_present()).map(Node::image)
+        below
+            .filter(|node| node.is_present())
+            .map(Node::shared_image)
+    }
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        // SAFETY: reads a counter.
+        unsafe { sys::bdrv_graph_generation() }
     }
 
     fn aligned(&self, len: usize) -> Result<Aligned> {

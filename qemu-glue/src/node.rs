@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 
 use parking_lot::Mutex;
@@ -21,12 +22,11 @@ pub(crate) type Slot = *mut Node;
 /// One open node. Requests in several threads share it.
 pub(crate) struct Node {
     bs: *mut sys::BlockDriverState,
-    /// The image, from a box. It is exchanged when the node is reactivated.
+    /// The image, from an `Arc`. It is exchanged when the node is reactivated.
     image: AtomicPtr<Image<Qemu>>,
     /// Images that were exchanged. A request may still hold a reference, so
     /// they stay until the node is known to have none in flight.
-    #[allow(clippy::vec_box, reason = "references go to where they are")]
-    retired: Mutex<Vec<Box<Image<Qemu>>>>,
+    retired: Mutex<Vec<Arc<Image<Qemu>>>>,
     /// A panic was caught, or the image could not be opened again: nothing is
     /// written any more.
     failed: AtomicBool,
@@ -61,7 +61,7 @@ impl Node {
     pub(crate) unsafe fn install(bs: *mut sys::BlockDriverState, image: Image<Qemu>) {
         let node = Box::new(Self {
             bs,
-            image: AtomicPtr::new(Box::into_raw(Box::new(image))),
+            image: AtomicPtr::new(Arc::into_raw(Arc::new(image)).cast_mut()),
             retired: Mutex::new(Vec::new()),
             failed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
@@ -128,17 +128,28 @@ impl Node {
     /// The image.
     #[inline]
     pub(crate) fn image(&self) -> &Image<Qemu> {
-        // SAFETY: the pointer is from a box that goes with the node, or later
+        // SAFETY: the pointer is from an Arc that goes with the node, or later
         // than any request that may have got it here (see `retired`).
         unsafe { &*self.image.load(Ordering::Acquire) }
     }
 
+    /// The image, for the images above that look things up in it.
+    pub(crate) fn shared_image(&self) -> Arc<Image<Qemu>> {
+        let image = self.image.load(Ordering::Acquire);
+        // SAFETY: as above; the count is that of the Arc which the node has.
+        unsafe {
+            Arc::increment_strong_count(image);
+            Arc::from_raw(image)
+        }
+    }
+
     /// Exchanges the image for one that was opened anew.
     pub(crate) fn replace_image(&self, image: Image<Qemu>) {
-        let new = Box::into_raw(Box::new(image));
+        let new = Arc::into_raw(Arc::new(image)).cast_mut();
         let old = self.image.swap(new, Ordering::AcqRel);
-        // SAFETY: the pointer was made from a box, and nobody else gets it now.
-        let old = unsafe { Box::from_raw(old) };
+        // SAFETY: the pointer was made from an Arc, whose count comes along.
+        let old = unsafe { Arc::from_raw(old) };
+        old.leave_chain();
         // A table goes if it was not used between two cleanings.
         old.clean_caches();
         old.clean_caches();
@@ -180,6 +191,7 @@ impl Node {
     pub(crate) fn set_gone(&self) {
         self.failed.store(true, Ordering::Relaxed);
         self.gone.store(true, Ordering::Relaxed);
+        self.image().leave_chain();
     }
 
     /// A panic was caught in a request.
@@ -250,8 +262,12 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.stop_timer();
-        // SAFETY: the pointer is from a box, and nobody uses the node any more.
-        drop(unsafe { Box::from_raw(*self.image.get_mut()) });
+        // SAFETY: the pointer is from an Arc, whose count comes along. Images
+        // above may have the image in a list still, but do not use it: the link
+        // to this node is gone.
+        let image = unsafe { Arc::from_raw(*self.image.get_mut()) };
+        image.leave_chain();
+        image.drop_caches();
     }
 }
 

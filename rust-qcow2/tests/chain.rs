@@ -18,7 +18,7 @@ fn overlay(file: &MemoryFile, below: Option<Arc<TestImage>>, raw: Option<MemoryF
         file: file.clone(),
         // Where there is a layer below, QEMU has a node for it as well.
         backing: raw,
-        layer_below: below,
+        layer_below: parking_lot::Mutex::new(below),
         ..Default::default()
     };
     Image::open(host, WRITABLE, &OptionRequest::default()).unwrap()

@@ -2,12 +2,14 @@
 //! a time, with the graph locked for reading.
 
 use std::ffi::c_int;
+use std::ptr;
 
 use rust_qcow2::host::ZeroFlags;
 use rust_qcow2::image::StatusKind;
 use rust_qcow2::units::GuestOffset;
 use rust_qcow2::{Error, Result};
 
+use super::is_ours;
 use crate::error::check;
 use crate::node::{Access, Node, request};
 use crate::qiov::Qiov;
@@ -147,6 +149,41 @@ pub(super) unsafe extern "C" fn block_status(
         0
     };
     (flags | valid | recurse) as c_int
+}
+
+/// Which node has to be asked for the block status of what this one does not
+/// have.
+pub(super) unsafe extern "C" fn skip_layers(
+    bs: *mut sys::BlockDriverState,
+    base: *mut sys::BlockDriverState,
+    offset: i64,
+    bytes: *mut i64,
+    skipped: *mut c_int,
+) -> *mut sys::BlockDriverState {
+    // SAFETY: a callback of the driver for `bs`, under the graph lock; `base`
+    // is null or an open node, and QEMU passes places for the answer.
+    unsafe {
+        let Some(node) = Node::of(bs) else {
+            return ptr::null_mut();
+        };
+        let base = if base.is_null() || !is_ours((*base).drv) {
+            None
+        } else {
+            Node::of(base)
+        };
+        let answer = node.serve(Access::Read, |image| {
+            let (offset, len) = range(offset, *bytes)?;
+            image.next_layer(offset, len, base.map(Node::image))
+        });
+        // Where something fails the nodes are asked one by one, and the one
+        // that cannot tell says so itself.
+        let Ok(Some(next)) = answer else {
+            return ptr::null_mut();
+        };
+        *bytes = i64::try_from(next.len).unwrap_or(*bytes);
+        *skipped = c_int::try_from(next.skipped).unwrap_or(c_int::MAX);
+        next.layer.host().node()
+    }
 }
 
 /// Without this callback the block layer would ask all nodes below, for each

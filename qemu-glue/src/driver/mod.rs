@@ -128,6 +128,7 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_co_pdiscard: Some(io::pdiscard),
         bdrv_co_flush_to_os: Some(io::flush_to_os),
         bdrv_co_block_status: Some(io::block_status),
+        bdrv_co_skip_layers: Some(io::skip_layers),
         bdrv_co_is_inserted: Some(io::is_inserted),
 
         bdrv_co_create: Some(create::co_create),

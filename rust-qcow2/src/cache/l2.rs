@@ -148,6 +148,15 @@ impl L2Cache {
         Some(Arc::clone(slice))
     }
 
+    /// The slice at `offset`, if it is here, for somebody who does not count as
+    /// using it.
+    #[must_use]
+    pub fn peek(&self, offset: HostOffset) -> Option<Arc<L2Slice>> {
+        let inner = self.inner.lock();
+        let slot = *inner.map.get(&offset.0)?;
+        Some(Arc::clone(&inner.slots[slot]))
+    }
+
     /// Makes room for one more slice, by the clock algorithm. Slices that were
     /// only ever loaded go before those that were looked up again, so that a
     /// scan of the disk does not flush out what is in use.

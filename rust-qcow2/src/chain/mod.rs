@@ -1,8 +1,23 @@
 //! Many layers that back each other.
 //!
-//! `walk` finds the layer that has some guest bytes, in a loop over the
-//! layers: the stack stays as it is however many there are, and no layer in
-//! between costs a request of its own. This is also the place of the index
-//! that will make the loop unnecessary (section 3 of the design document).
+//! An image on top of others has a `view` of them: the list of layers, walked
+//! anew when the graph has changed, and the resolved `index`, which tells for
+//! any guest byte below the image which layer has it, and where. `fill` merges
+//! the layers' tables into slices of the index when they are first needed.
+//! `walk` is how a request finds its bytes: by the image's own tables, then by
+//! the index, and only in rare cases (compressed clusters, layers that change
+//! faster than they can be indexed) by a loop over the layers. `status` tells
+//! which layer a question about some bytes has to go to. Nothing in here
+//! recurses over layers.
+//!
+//! Section 3 of the design document has the idea; what keeps the index true
+//! while layers change is in the documentation of `index`.
 
+mod entry;
+mod fill;
+pub(crate) mod index;
+pub mod status;
+pub(crate) mod view;
 pub(crate) mod walk;
+
+pub(crate) use index::SLICE_BYTES;

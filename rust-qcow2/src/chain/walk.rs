@@ -1,22 +1,26 @@
 //! From the top down to the layer that has the data.
 
+use std::sync::Arc;
+
+use arc_swap::Guard;
+
+use super::entry::{Entry, Resolved};
+use super::index::{Index, SLICE_ENTRIES, Slice};
+use super::view::View;
 use crate::error::{Error, Result};
 use crate::format::entry::Mapping;
 use crate::host::{Buf, File, GuestBuf, Host};
-use crate::image::{Image, Token};
+use crate::image::{Held, Image, Token};
 use crate::units::{GuestOffset, HostOffset};
 
 /// Where guest bytes are.
 pub(crate) enum Source<'a, H: Host> {
-    /// In the file of a layer. The token keeps the place from being reused.
-    Data {
-        /// The layer.
-        layer: &'a Image<H>,
-        /// The place in its file.
-        host: HostOffset,
-        /// Held until the bytes were read.
-        _token: Token<'a>,
-    },
+    /// In the file of the image itself. The place is not reused as long as the
+    /// token lives.
+    Own(&'a Image<H>, HostOffset, #[allow(dead_code)] Token<'a>),
+    /// In the file of a layer below. The place is not reused as long as the
+    /// layer is held.
+    Layer(Held<H>, HostOffset),
     /// They are zeroes.
     Zero,
     /// In what is below the last layer of this kind.
@@ -41,8 +45,10 @@ impl<H: Host> Found<'_, H> {
     ) -> Result<()> {
         let len = self.len as usize;
         match &self.source {
-            Source::Data { layer, host, .. } => {
-                layer.host().file().read_guest(host.0, buf, at, len)
+            Source::Own(image, host, _) => image.host().file().read_guest(host.0, buf, at, len),
+            Source::Layer(held, host) => {
+                let file = held.image().host().file();
+                file.read_guest(host.0, buf, at, len)
             }
             Source::Zero => {
                 buf.zero(at, len);
@@ -55,7 +61,8 @@ impl<H: Host> Found<'_, H> {
     /// Reads the range, whose first byte is `guest`, into driver memory.
     pub(crate) fn read(&self, guest: GuestOffset, bytes: &mut [u8]) -> Result<()> {
         match &self.source {
-            Source::Data { layer, host, .. } => layer.host().file().read(host.0, bytes),
+            Source::Own(image, host, _) => image.host().file().read(host.0, bytes),
+            Source::Layer(held, host) => held.image().host().file().read(host.0, bytes),
             Source::Zero => {
                 bytes.fill(0);
                 Ok(())
@@ -71,52 +78,158 @@ impl<H: Host> Found<'_, H> {
 /// # Errors
 /// Those of a layer's file, `EIO` for damaged tables, `ENOTSUP` for compressed
 /// clusters.
-pub(crate) fn find<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<Found<'_, H>> {
-    let mut layer = top;
-    let mut len = len;
-    loop {
-        // Most layers of a long chain have nothing there, and that is cheap to
-        // see.
-        if let Some(clear) = layer.without_table(guest, len) {
-            len = clear;
-        } else {
-            let token = layer.enter();
-            let run = layer.lookup(guest, len)?;
-            len = run.len;
-            match run.mapping {
-                Mapping::Normal(host) => {
-                    let source = Source::Data {
-                        layer,
-                        host,
-                        _token: token,
-                    };
-                    return Ok(Found { len, source });
-                }
-                Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => {
-                    return Ok(Found {
-                        len,
-                        source: Source::Zero,
-                    });
-                }
-                Mapping::Compressed => return Err(compressed_clusters()),
-                Mapping::Unallocated => {}
-            }
-        }
-        let Some(below) = layer.host().layer_below() else {
-            let source = layer.host().backing().map_or(Source::Zero, Source::Below);
-            return Ok(Found { len, source });
+pub(crate) fn find<H: Host>(
+    top: &Image<H>,
+    guest: GuestOffset,
+    mut len: u64,
+) -> Result<Found<'_, H>> {
+    if let Some(clear) = top.without_table(guest, len) {
+        len = clear;
+    } else {
+        let token = top.enter();
+        let run = top.lookup(guest, len)?;
+        len = run.len;
+        let source = match run.mapping {
+            Mapping::Normal(host) => Some(Source::Own(top, host, token)),
+            Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => Some(Source::Zero),
+            Mapping::Compressed => return Err(compressed_clusters()),
+            Mapping::Unallocated => None,
         };
+        if let Some(source) = source {
+            return Ok(Found { len, source });
+        }
+    }
+    find_below(top, guest, len)
+}
+
+/// [`find`] for bytes that are not in the image itself.
+fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<Found<'_, H>> {
+    loop {
+        let view = top.view();
+        if view.layers.is_empty() {
+            let source = top.host().backing().map_or(Source::Zero, Source::Below);
+            return Ok(Found { len, source });
+        }
+        if guest.0 >= view.end {
+            let source = Source::Zero;
+            return Ok(Found { len, source });
+        }
+        let len = len.min(view.end - guest.0);
+        let Some(index) = &view.index else {
+            return walk(&view, view.layers.len(), guest, len);
+        };
+        let Some(known) = index.look_up(guest, len, view.layers.len()) else {
+            let view = Guard::into_inner(view);
+            let Some(index) = &view.index else { continue };
+            if !view.fill(index, top, guest)? {
+                return walk(&view, view.layers.len(), guest, len);
+            }
+            continue;
+        };
+        let source = match known.resolved {
+            Resolved::Data(layer, host) => {
+                let held = Held::enter(Arc::clone(&view.layers[layer]));
+                // See the documentation of `index` for why in this order.
+                if !known.is_valid() {
+                    continue;
+                }
+                Source::Layer(held, host)
+            }
+            Resolved::Zero(_) => Source::Zero,
+            Resolved::Below => below(&view.layers[0]),
+            Resolved::Ask(layer) => return walk(&view, layer + 1, guest, known.len),
+        };
+        let len = known.len;
+        return Ok(Found { len, source });
+    }
+}
+
+/// What is below the lowest layer.
+fn below<'a, H: Host>(lowest: &Image<H>) -> Source<'a, H> {
+    lowest.host().backing().map_or(Source::Zero, Source::Below)
+}
+
+/// What an index says of a range.
+pub(super) struct Known {
+    pub(super) resolved: Resolved,
+    /// Bytes of the range, at least 1.
+    pub(super) len: u64,
+    slice: Guard<Option<Arc<Slice>>>,
+}
+
+impl Known {
+    #[inline]
+    fn is_valid(&self) -> bool {
+        self.slice.as_ref().is_some_and(|slice| slice.is_valid())
+    }
+}
+
+impl<H: Host> Index<H> {
+    /// What the `len` > 0 bytes at `guest` are, as far as one run goes; `None`
+    /// where the index does not know it for `layers` layers.
+    #[inline]
+    pub(super) fn look_up(&self, guest: GuestOffset, len: u64, layers: usize) -> Option<Known> {
+        let (slot, at) = self.position(guest);
+        let guard = self.get(slot, layers)?;
+        let entries = &guard.as_ref()?.entries;
+        let bits = self.bits();
+        let within = guest.within(bits);
+        let first = entries[at];
+        let resolved = match first.unpack() {
+            Resolved::Data(layer, host) => Resolved::Data(layer, host.add(within)),
+            other => other,
+        };
+        let continues = |entry: Entry, steps: usize| match resolved {
+            Resolved::Zero(_) => matches!(entry.unpack(), Resolved::Zero(_)),
+            Resolved::Ask(_) => false,
+            _ => entry == first.plus((steps as u64) << bits),
+        };
+        let mut covered = (1 << bits) - within;
+        let mut next = at + 1;
+        while covered < len && next < SLICE_ENTRIES && continues(entries[next], next - at) {
+            covered += 1 << bits;
+            next += 1;
+        }
+        Some(Known {
+            resolved,
+            len: covered.min(len),
+            slice: guard,
+        })
+    }
+}
+
+/// Finds bytes by asking the lowest `count` layers one after the other.
+fn walk<'a, H: Host>(
+    view: &View<H>,
+    count: usize,
+    guest: GuestOffset,
+    mut len: u64,
+) -> Result<Found<'a, H>> {
+    for layer in view.layers[..count].iter().rev() {
         // A layer that is shorter ends there, whatever is below it.
-        let size = below.size();
+        let size = layer.size();
         if guest.0 >= size {
-            return Ok(Found {
-                len,
-                source: Source::Zero,
-            });
+            let source = Source::Zero;
+            return Ok(Found { len, source });
         }
         len = len.min(size - guest.0);
-        layer = below;
+        if let Some(clear) = layer.without_table(guest, len) {
+            len = clear;
+            continue;
+        }
+        let held = Held::enter(Arc::clone(layer));
+        let run = layer.lookup(guest, len)?;
+        len = run.len;
+        let source = match run.mapping {
+            Mapping::Normal(host) => Source::Layer(held, host),
+            Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => Source::Zero,
+            Mapping::Compressed => return Err(compressed_clusters()),
+            Mapping::Unallocated => continue,
+        };
+        return Ok(Found { len, source });
     }
+    let source = below(&view.layers[0]);
+    Ok(Found { len, source })
 }
 
 /// The error for a cluster that this stage does not read.

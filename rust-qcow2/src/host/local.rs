@@ -184,8 +184,12 @@ impl Host for LocalHost {
         self.backing.clone()
     }
 
-    fn layer_below(&self) -> Option<&Image<Self>> {
+    fn layer_below(&self) -> Option<Arc<Image<Self>>> {
         None
+    }
+
+    fn generation(&self) -> u64 {
+        0
     }
 
     fn aligned(&self, len: usize) -> Result<Vec<u8>> {

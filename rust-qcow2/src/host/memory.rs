@@ -2,6 +2,7 @@
 //! them can be made to fail.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::local::{SharedBuf, ThreadQueue, gather};
 use super::{Content, Corruption, Host, Part, Preallocation, Task, ZeroFlags};
@@ -175,7 +176,9 @@ pub struct MemoryHost {
     /// What is below, if that is raw.
     pub backing: Option<MemoryFile>,
     /// What is below, if that is an image.
-    pub layer_below: Option<Arc<Image<MemoryHost>>>,
+    pub layer_below: Mutex<Option<Arc<Image<MemoryHost>>>>,
+    /// To be increased when that changes, for all images of a chain.
+    pub generation: Arc<AtomicU64>,
     /// Failures that were reported.
     pub errors: Arc<Mutex<Vec<Error>>>,
     /// Corruption that was reported.
@@ -193,11 +196,19 @@ impl Host for MemoryHost {
     }
 
     fn backing(&self) -> Option<MemoryFile> {
-        self.backing.clone()
+        // An image below has a file as well, which nobody reads.
+        let below = self.layer_below.lock().is_some();
+        self.backing
+            .clone()
+            .or_else(|| below.then(MemoryFile::default))
     }
 
-    fn layer_below(&self) -> Option<&Image<Self>> {
-        self.layer_below.as_deref()
+    fn layer_below(&self) -> Option<Arc<Image<Self>>> {
+        self.layer_below.lock().clone()
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     fn aligned(&self, len: usize) -> Result<Vec<u8>> {

@@ -11,6 +11,7 @@ pub mod local;
 pub mod memory;
 
 use std::ops::DerefMut;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -40,8 +41,15 @@ pub trait Host: Send + Sync + Sized + 'static {
 
     /// The image in the backing file, where that is one of the same kind which
     /// may be read without asking what is in between (no filter, no
-    /// copy-on-read). Its files are read directly then.
-    fn layer_below(&self) -> Option<&Image<Self>>;
+    /// copy-on-read). Its files are read directly then. Never suspends the
+    /// caller.
+    fn layer_below(&self) -> Option<Arc<Image<Self>>>;
+
+    /// A number that changes whenever what [`Host::layer_below`] answers may
+    /// have changed, for this image or any other. While a request is in
+    /// flight the answers for the image and those below it do not change.
+    /// Never suspends the caller.
+    fn generation(&self) -> u64;
 
     /// Zeroed memory for a bounce buffer or a metadata table.
     ///

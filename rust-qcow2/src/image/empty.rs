@@ -67,6 +67,7 @@ impl<H: Host> Image<H> {
         file.write_zeroes(l1_offset, l1_clusters * size, ZeroFlags::default())?;
         let entries = self.l1.len();
         self.l1.replace((0..entries).map(|_| 0));
+        self.links().changed_altogether();
 
         self.host.event(Event::EmptyImagePrepare);
         file.write_zeroes(

@@ -141,5 +141,6 @@ impl<H: Host> Image<H> {
     /// the surroundings, when they cannot trust its state any more.
     pub fn set_broken(&self) {
         self.broken.store(true, Ordering::Release);
+        self.links().changed_altogether();
     }
 }

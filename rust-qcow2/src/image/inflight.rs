@@ -12,10 +12,13 @@
 //! current epoch, and what was freed in an epoch is released when the requests
 //! of that epoch and of the one before have left, however many came since.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use super::Image;
+use crate::host::Host;
 use crate::units::HostOffset;
 
 /// Counts requests and keeps clusters waiting for them.
@@ -51,18 +54,52 @@ impl Drop for Token<'_> {
     }
 }
 
+/// The same for a request that came through an image above, and keeps this one
+/// alive.
+pub(crate) struct Held<H: Host> {
+    image: Arc<Image<H>>,
+    epoch: usize,
+}
+
+impl<H: Host> Held<H> {
+    /// Counts a request in.
+    #[inline]
+    pub(crate) fn enter(image: Arc<Image<H>>) -> Self {
+        let epoch = image.inflight.count_in();
+        Self { image, epoch }
+    }
+
+    /// The image.
+    #[inline]
+    pub(crate) fn image(&self) -> &Image<H> {
+        &self.image
+    }
+}
+
+impl<H: Host> Drop for Held<H> {
+    fn drop(&mut self) {
+        self.image.inflight.active[self.epoch].fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl InFlight {
     /// Counts a request in.
     #[inline]
     pub(super) fn enter(&self) -> Token<'_> {
+        Token(&self.active[self.count_in()])
+    }
+
+    /// Counts a request in, and returns in which counter.
+    #[inline]
+    fn count_in(&self) -> usize {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let counter = &self.active[(epoch & 1) as usize];
-            counter.fetch_add(1, Ordering::SeqCst);
+            let index = (epoch & 1) as usize;
+            self.active[index].fetch_add(1, Ordering::SeqCst);
             if self.epoch.load(Ordering::SeqCst) == epoch {
-                return Token(counter);
+                return index;
             }
-            counter.fetch_sub(1, Ordering::SeqCst);
+            self.active[index].fetch_sub(1, Ordering::SeqCst);
         }
     }
 

@@ -92,7 +92,7 @@ enum Miss {
 }
 
 /// Whether an entry breaks a rule of the format that makes it unusable.
-fn is_bad(geometry: &Geometry, entry: L2Entry) -> bool {
+pub(super) fn is_bad(geometry: &Geometry, entry: L2Entry) -> bool {
     match entry.mapping() {
         Mapping::Normal(at) => !at.is_aligned(geometry.cluster_bits),
         Mapping::ZeroAllocated(at) => geometry.version < 3 || !at.is_aligned(geometry.cluster_bits),

@@ -28,6 +28,7 @@ pub mod measure;
 mod open;
 mod options;
 mod overlap;
+mod pieces;
 mod read;
 mod refcounts;
 mod resize;
@@ -47,6 +48,7 @@ pub use options::{CacheSizes, OpenFlags, OptionRequest, Options};
 pub use status::{BlockStatus, StatusKind};
 
 use crate::cache::l2::L2Cache;
+use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
 use crate::format::geometry::Geometry;
@@ -59,8 +61,9 @@ const MAX_PIECES: usize = 64;
 const MAX_WORKERS: usize = 8;
 
 use inflight::InFlight;
-pub(crate) use inflight::Token;
+pub(crate) use inflight::{Held, Token};
 use map::L1Table;
+pub(crate) use pieces::TablePiece;
 use write::PendingAllocations;
 
 /// An open image.
@@ -77,6 +80,8 @@ pub struct Image<H: Host> {
     overlap: RwLock<Option<overlap::MetadataMap>>,
     /// Requests that use host offsets they have looked up.
     inflight: InFlight,
+    /// What it knows of the images below, and those above of it.
+    links: Links<H>,
     /// A fatal corruption was met: nothing may be done with the image.
     broken: AtomicBool,
     /// Whether far fewer clusters are allocated on the storage than counted:
@@ -215,6 +220,19 @@ impl<H: Host> Image<H> {
         } else {
             Ok(())
         }
+    }
+
+    /// The links to other images.
+    #[inline]
+    pub(crate) fn links(&self) -> &Links<H> {
+        &self.links
+    }
+
+    /// This image takes no part in the chain any more: it was exchanged for
+    /// another one, or must not be read.
+    pub fn leave_chain(&self) {
+        self.links.changed_altogether();
+        self.links.forget_view();
     }
 
     /// Counts a request in that is going to use host offsets it looks up.

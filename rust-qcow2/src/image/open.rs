@@ -13,6 +13,7 @@ use super::write::PendingAllocations;
 use super::writeback::Order;
 use super::{Image, OpenFlags, OptionRequest, Options, Shared, State, check};
 use crate::cache::l2::L2Cache;
+use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
 use crate::format::geometry::{
@@ -87,6 +88,7 @@ impl<H: Host> Image<H> {
             l2: L2Cache::new(caches.l2_slices, caches.l2_slice_size),
             overlap: RwLock::new(None),
             inflight: InFlight::default(),
+            links: Links::default(),
             broken: AtomicBool::new(false),
             sparse: OnceLock::new(),
             shared: RwLock::new(Shared {
@@ -175,10 +177,18 @@ impl<H: Host> Image<H> {
         }
     }
 
+    /// Drops what is cached. No request is in flight and none will come.
+    pub fn drop_caches(&self) {
+        self.l2.clear();
+    }
+
     /// Drops clean tables from memory that were not used since the last call.
     /// Needs no coroutine and does no I/O.
     pub fn clean_caches(&self) {
         self.l2.clean();
+        if let Some(index) = &self.links.last_view().index {
+            index.clean();
+        }
     }
 }
 

@@ -67,6 +67,7 @@ impl<H: Host> Image<H> {
         .map_err(|error| error.context("Failed to update the image size"))?;
         self.shared.write().header.size = new;
         self.size.store(new, Ordering::Release);
+        self.links().changed_altogether();
         self.adapt_caches()
     }
 
@@ -250,6 +251,7 @@ impl<H: Host> Image<H> {
             }
             done += here;
         }
+        self.links().changed(guest.0, count << bits);
         for entry in replaced {
             self.free_entry(st, entry, Reason::Other);
         }

@@ -365,6 +365,7 @@ impl<H: Host> Image<H> {
                 replaced.push(old);
             }
         }
+        self.links().changed(allocation.start.0, count << bits);
         for old in replaced {
             self.free_entry(st, old, Reason::Never);
         }

@@ -179,6 +179,7 @@ impl<H: Host> Image<H> {
                     continue;
                 }
                 self.l2.set(&at.slice, index, new.entry);
+                self.links().changed(guest.0 + (i << bits), 1 << bits);
                 if new.free {
                     self.free_entry(st, old, reason);
                 } else if let Some(host) = old.mapping().host_cluster() {

@@ -1,0 +1,360 @@
+//! The resolved index: guest bytes to layer and place, for all layers below an
+//! image, in two array accesses.
+//!
+//! Entries are kept in slices of 512, which are filled when they are first
+//! needed (`fill`), never change, and are thrown away when a layer changes
+//! something in their range. A slice knows how many layers it covers, counted
+//! from the lowest one. So the index of a chain serves the next longer one:
+//! after a snapshot it moves to the new top, and each slice is completed by
+//! the one layer that it lacks when it is next used.
+//!
+//! # When a layer changes
+//!
+//! A layer that lets a host cluster go first changes its tables, then calls
+//! [`Index::invalidate`], then frees the cluster; and a cluster is not reused
+//! while requests are counted in at the layer (see `image/inflight.rs`). A
+//! reader takes an entry, counts itself in at the layer, and then looks at
+//! [`Slice::is_valid`]: if the slice still is valid the cluster has not been
+//! freed before the reader was counted in, and it will not be reused before
+//! the reader has left. Both sides use sequentially consistent operations.
+//!
+//! A slice is filled from tables that may change meanwhile: an invalidation
+//! spoils the fills under way in its range, and what they have is not used.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::{ArcSwapOption, Guard};
+use parking_lot::Mutex;
+
+use super::entry::Entry;
+use crate::host::Host;
+use crate::units::{GuestOffset, div_up};
+
+/// log2 of the entries in a slice.
+pub(super) const SLICE_BITS: u32 = 9;
+/// Entries in a slice.
+pub(super) const SLICE_ENTRIES: usize = 1 << SLICE_BITS;
+/// Bytes of memory that a slice takes.
+pub(crate) const SLICE_BYTES: usize = SLICE_ENTRIES * 8 + 64;
+/// log2 of the slots in a page of the slice table.
+const PAGE_BITS: u32 = 9;
+/// An index has room for this many slices, however small its budget.
+const MIN_SLICES: usize = 32;
+
+/// 512 entries that follow each other.
+pub(super) struct Slice {
+    /// How many layers from the lowest one are merged into it.
+    pub(super) covers: usize,
+    valid: AtomicBool,
+    /// Looked at since the hand of the clock passed.
+    used: AtomicBool,
+    /// Looked at since the last cleaning.
+    recent: AtomicBool,
+    pub(super) entries: Box<[Entry]>,
+}
+
+impl Slice {
+    pub(super) fn new(covers: usize, entries: Box<[Entry]>) -> Self {
+        Self {
+            covers,
+            valid: AtomicBool::new(true),
+            used: AtomicBool::new(true),
+            recent: AtomicBool::new(true),
+            entries,
+        }
+    }
+
+    /// Whether it still is in its slot: see the module.
+    #[inline]
+    pub(super) fn is_valid(&self) -> bool {
+        self.valid.load(Ordering::SeqCst)
+    }
+
+    /// The slice has left its slot. Called under the lock of the index, so that
+    /// an invalidation that does not find it there knows that it is invalid.
+    fn retire(&self) {
+        self.valid.store(false, Ordering::SeqCst);
+    }
+
+    #[inline]
+    fn touch(&self) {
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+            self.recent.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+type Slot = ArcSwapOption<Slice>;
+type Page = Box<[Slot]>;
+
+/// What is known of the layers below one image.
+pub(crate) struct Index<H: Host> {
+    /// log2 of the guest bytes per entry: the smallest cluster of all layers.
+    bits: u32,
+    /// Guest bytes from here on are not indexed.
+    end: u64,
+    /// The slice table, in pages that are made when they are first needed.
+    pages: Box<[OnceLock<Page>]>,
+    /// Layers have changed beyond recognition: not to be used any more.
+    dead: AtomicBool,
+    control: Mutex<Control>,
+    /// Held, without I/O, by those who begin or end filling slices.
+    pub(super) gate: lock_api::Mutex<H::RawMutex, ()>,
+    /// Where those wait whose slice is being filled by somebody else.
+    pub(super) filled: H::WaitQueue,
+    pub(super) counters: Counters,
+}
+
+/// What the statistics tell of an index.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) merged: AtomicU64,
+    pub(super) table_reads: AtomicU64,
+    pub(super) slices: AtomicUsize,
+}
+
+struct Control {
+    capacity: usize,
+    /// Slots that have a slice, each once; some may have lost theirs.
+    clock: Vec<u64>,
+    hand: usize,
+    fills: Vec<Fill>,
+}
+
+/// Slices being filled.
+struct Fill {
+    first: u64,
+    count: u64,
+    /// Layers have changed in the range since.
+    spoiled: bool,
+}
+
+impl<H: Host> Index<H> {
+    /// An empty index for `end` bytes, one entry for `1 << bits` of them, that
+    /// keeps up to `capacity` slices.
+    pub(super) fn new(bits: u32, end: u64, capacity: usize) -> Self {
+        let slots = div_up(end, 1 << (bits + SLICE_BITS));
+        let pages = div_up(slots, 1 << PAGE_BITS);
+        Self {
+            bits,
+            end,
+            pages: (0..pages).map(|_| OnceLock::new()).collect(),
+            dead: AtomicBool::new(false),
+            control: Mutex::new(Control {
+                capacity: capacity.max(MIN_SLICES),
+                clock: Vec::new(),
+                hand: 0,
+                fills: Vec::new(),
+            }),
+            gate: lock_api::Mutex::new(()),
+            filled: H::WaitQueue::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// log2 of the guest bytes per entry.
+    pub(super) fn bits(&self) -> u32 {
+        self.bits
+    }
+
+    /// Guest bytes from here on are not indexed.
+    pub(super) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Number of slices there can be.
+    pub(super) fn slots(&self) -> u64 {
+        div_up(self.end, 1 << (self.bits + SLICE_BITS))
+    }
+
+    /// The slice that `guest` is in, and the entry in it.
+    #[inline]
+    pub(super) fn position(&self, guest: GuestOffset) -> (u64, usize) {
+        let entry = guest.0 >> self.bits;
+        (entry >> SLICE_BITS, (entry as usize) & (SLICE_ENTRIES - 1))
+    }
+
+    /// First guest byte of a slice.
+    pub(super) fn start_of(&self, slot: u64) -> u64 {
+        slot << (self.bits + SLICE_BITS)
+    }
+
+    #[inline]
+    fn slot(&self, slot: u64) -> Option<&Slot> {
+        let page = self.pages.get((slot >> PAGE_BITS) as usize)?.get()?;
+        Some(&page[slot as usize & ((1 << PAGE_BITS) - 1)])
+    }
+
+    fn slot_for_change(&self, slot: u64) -> Option<&Slot> {
+        let page = self.pages.get((slot >> PAGE_BITS) as usize)?;
+        let page = page.get_or_init(|| (0..1 << PAGE_BITS).map(|_| Slot::empty()).collect());
+        Some(&page[slot as usize & ((1 << PAGE_BITS) - 1)])
+    }
+
+    /// The slice in a slot, if it is there and covers `layers` layers.
+    #[inline]
+    pub(super) fn get(&self, slot: u64, layers: usize) -> Option<Guard<Option<Arc<Slice>>>> {
+        let guard = self.slot(slot)?.load();
+        let slice = guard.as_ref()?;
+        if slice.covers != layers {
+            return None;
+        }
+        slice.touch();
+        Some(guard)
+    }
+
+    /// The slice in a slot, whatever it covers.
+    pub(super) fn peek(&self, slot: u64) -> Option<Arc<Slice>> {
+        self.slot(slot)?.load_full()
+    }
+
+    /// Whether the index may be used at all.
+    #[inline]
+    pub(super) fn is_alive(&self) -> bool {
+        !self.dead.load(Ordering::SeqCst)
+    }
+
+    /// Takes the index out of use, for good.
+    pub(crate) fn kill(&self) {
+        self.dead.store(true, Ordering::SeqCst);
+        self.invalidate(0, u64::MAX);
+    }
+
+    /// Forgets everything about `len` guest bytes from `start` on: a layer has
+    /// changed what it says of them. Called before host clusters are freed.
+    pub(crate) fn invalidate(&self, start: u64, len: u64) {
+        if start >= self.end || len == 0 {
+            return;
+        }
+        let last = start.saturating_add(len - 1).min(self.end - 1);
+        let shift = self.bits + SLICE_BITS;
+        let (first, last) = (start >> shift, last >> shift);
+        let mut control = self.control.lock();
+        for fill in &mut control.fills {
+            if fill.first <= last && first < fill.first + fill.count {
+                fill.spoiled = true;
+            }
+        }
+        let pages = (first >> PAGE_BITS) as usize..=(last >> PAGE_BITS) as usize;
+        for (page, slots) in pages.clone().zip(&self.pages[pages]) {
+            let Some(slots) = slots.get() else { continue };
+            let base = (page as u64) << PAGE_BITS;
+            for (slot, number) in slots.iter().zip(base..) {
+                if (first..=last).contains(&number) {
+                    self.empty_slot(slot);
+                }
+            }
+        }
+    }
+
+    /// Takes the slice out of a slot; the caller holds the lock.
+    fn empty_slot(&self, slot: &Slot) {
+        if slot.load().is_some() {
+            if let Some(slice) = slot.swap(None) {
+                slice.retire();
+                self.counters.slices.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Notes that `count` slices from `first` on are about to be filled. The
+    /// caller holds the gate, has seen that nobody else fills them, and calls
+    /// [`Index::end_fill`] whatever happens.
+    pub(super) fn begin_fill(&self, first: u64, count: u64) {
+        self.control.lock().fills.push(Fill {
+            first,
+            count,
+            spoiled: false,
+        });
+    }
+
+    /// Whether one of `count` slices from `first` on is being filled.
+    pub(super) fn is_filling(&self, first: u64, count: u64) -> bool {
+        let control = self.control.lock();
+        let mut fills = control.fills.iter();
+        fills.any(|fill| fill.first < first + count && first < fill.first + fill.count)
+    }
+
+    /// Ends what [`Index::begin_fill`] has begun, and puts the slices in place.
+    /// Returns false where layers have changed meanwhile: nothing was put in
+    /// place then.
+    pub(super) fn end_fill(&self, first: u64, slices: Vec<Slice>) -> bool {
+        let mut control = self.control.lock();
+        let at = control.fills.iter().position(|fill| fill.first == first);
+        let spoiled = at.is_none_or(|at| control.fills.swap_remove(at).spoiled);
+        if spoiled || !self.is_alive() {
+            return false;
+        }
+        for (slice, number) in slices.into_iter().zip(first..) {
+            let Some(slot) = self.slot_for_change(number) else {
+                continue;
+            };
+            let known = slot.load().is_some();
+            if !known {
+                self.make_room(&mut control);
+                control.clock.push(number);
+                self.counters.slices.fetch_add(1, Ordering::Relaxed);
+            }
+            if let Some(old) = slot.swap(Some(Arc::new(slice))) {
+                old.retire();
+            }
+        }
+        true
+    }
+
+    /// Makes room for one more slice, by the clock algorithm.
+    fn make_room(&self, control: &mut Control) {
+        while control.clock.len() >= control.capacity {
+            let hand = control.hand % control.clock.len();
+            if let Some(slot) = self.slot(control.clock[hand]) {
+                let slice = slot.load_full();
+                if slice.is_some_and(|slice| slice.used.swap(false, Ordering::Relaxed)) {
+                    control.hand = hand + 1;
+                    continue;
+                }
+                self.empty_slot(slot);
+            }
+            control.clock.swap_remove(hand);
+            control.hand = hand;
+        }
+    }
+
+    /// Changes how many slices are kept.
+    pub(crate) fn set_capacity(&self, capacity: usize) {
+        let mut control = self.control.lock();
+        control.capacity = capacity.max(MIN_SLICES);
+        if control.clock.len() >= control.capacity {
+            self.make_room(&mut control);
+        }
+    }
+
+    /// Drops slices that were not looked at since the last call.
+    pub(crate) fn clean(&self) {
+        let mut control = self.control.lock();
+        control.clock.retain(|number| {
+            let Some(slot) = self.slot(*number) else {
+                return false;
+            };
+            let Some(slice) = slot.load_full() else {
+                return false;
+            };
+            if slice.recent.swap(false, Ordering::Relaxed) {
+                slice.used.store(false, Ordering::Relaxed);
+                return true;
+            }
+            self.empty_slot(slot);
+            false
+        });
+        control.hand = 0;
+    }
+
+    /// Bytes of memory in use.
+    pub(crate) fn memory(&self) -> usize {
+        let pages = self.pages.iter().filter(|page| page.get().is_some());
+        self.counters.slices.load(Ordering::Relaxed) * SLICE_BYTES
+            + pages.count() * (size_of::<Slot>() << PAGE_BITS)
+            + self.pages.len() * size_of::<OnceLock<Page>>()
+    }
+}

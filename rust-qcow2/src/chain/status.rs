@@ -1,0 +1,151 @@
+//! Block status: which layer has to be asked.
+
+use std::ptr;
+use std::sync::Arc;
+
+use arc_swap::Guard;
+
+use super::entry::{Entry, Resolved};
+use super::index::{Index, SLICE_ENTRIES};
+use super::view::View;
+use crate::error::Result;
+use crate::format::entry::Mapping;
+use crate::host::Host;
+use crate::image::Image;
+use crate::units::GuestOffset;
+
+/// The first layer below an image that has something to say of guest bytes.
+pub struct NextLayer<H: Host> {
+    /// The layer.
+    pub layer: Arc<Image<H>>,
+    /// Layers between it and the image that have nothing there.
+    pub skipped: usize,
+    /// Bytes for which this is true, at least 1.
+    pub len: u64,
+}
+
+impl<H: Host> Image<H> {
+    /// The first layer below this image that has any of the `len` > 0 bytes at
+    /// `guest`, or ends before them: not below `base`, if that is one of the
+    /// layers. The lowest layer, if nobody has them. `None` where there is no
+    /// layer below.
+    ///
+    /// # Errors
+    /// Those of the layers' files.
+    pub fn next_layer(
+        &self,
+        guest: GuestOffset,
+        len: u64,
+        base: Option<&Self>,
+    ) -> Result<Option<NextLayer<H>>> {
+        loop {
+            let view = Guard::into_inner(self.view());
+            let Some(last) = view.layers.len().checked_sub(1) else {
+                return Ok(None);
+            };
+            let lowest = base.and_then(|base| view.position(base)).unwrap_or(0);
+            let (layer, len) = if guest.0 >= view.end {
+                (last, len)
+            } else {
+                let len = len.min(view.end - guest.0);
+                match &view.index {
+                    None => walk(&view, view.layers.len(), guest, len)?,
+                    Some(index) => match index.layer_of(guest, len, view.layers.len(), lowest) {
+                        Some((Target::Layer(layer), len)) => (layer, len),
+                        Some((Target::AskFrom(layer), len)) => walk(&view, layer + 1, guest, len)?,
+                        None if view.fill(index, self, guest)? => continue,
+                        None => walk(&view, view.layers.len(), guest, len)?,
+                    },
+                }
+            };
+            let layer = layer.max(lowest);
+            return Ok(Some(NextLayer {
+                layer: Arc::clone(&view.layers[layer]),
+                skipped: last - layer,
+                len,
+            }));
+        }
+    }
+}
+
+/// What the index says of a question for a layer.
+enum Target {
+    Layer(usize),
+    /// It does not know about this layer.
+    AskFrom(usize),
+}
+
+impl<H: Host> Index<H> {
+    /// Which layer has the bytes, not below `lowest`, and for how many of them
+    /// that is so.
+    fn layer_of(
+        &self,
+        guest: GuestOffset,
+        len: u64,
+        layers: usize,
+        lowest: usize,
+    ) -> Option<(Target, u64)> {
+        let (slot, at) = self.position(guest);
+        let guard = self.get(slot, layers)?;
+        let entries = &guard.as_ref()?.entries;
+        let target = |entry: Entry| match entry.unpack() {
+            Resolved::Data(layer, _) | Resolved::Zero(layer) => Some(layer.max(lowest)),
+            Resolved::Below => Some(lowest),
+            Resolved::Ask(_) => None,
+        };
+        let bits = self.bits();
+        let mut covered = (1 << bits) - guest.within(bits);
+        let Some(layer) = target(entries[at]) else {
+            let Resolved::Ask(layer) = entries[at].unpack() else {
+                return None;
+            };
+            return Some((Target::AskFrom(layer), covered.min(len)));
+        };
+        let mut next = at + 1;
+        while covered < len && next < SLICE_ENTRIES && target(entries[next]) == Some(layer) {
+            covered += 1 << bits;
+            next += 1;
+        }
+        Some((Target::Layer(layer), covered.min(len)))
+    }
+}
+
+impl<H: Host> View<H> {
+    /// The number of a layer.
+    fn position(&self, image: &Image<H>) -> Option<usize> {
+        let positions = self.positions.get_or_init(|| {
+            let numbered = self.layers.iter().zip(0..);
+            numbered
+                .map(|(layer, number)| (Arc::as_ptr(layer).addr(), number))
+                .collect()
+        });
+        positions.get(&ptr::from_ref(image).addr()).copied()
+    }
+}
+
+/// Asks the lowest `count` layers one after the other.
+fn walk<H: Host>(
+    view: &View<H>,
+    count: usize,
+    guest: GuestOffset,
+    mut len: u64,
+) -> Result<(usize, u64)> {
+    for number in (0..count).rev() {
+        let layer = &view.layers[number];
+        let size = layer.size();
+        if guest.0 >= size {
+            return Ok((number, len));
+        }
+        len = len.min(size - guest.0);
+        if let Some(clear) = layer.without_table(guest, len) {
+            len = clear;
+            continue;
+        }
+        let run = layer.lookup(guest, len)?;
+        len = run.len;
+        if run.mapping != Mapping::Unallocated {
+            return Ok((number, len));
+        }
+    }
+    Ok((0, len))
+}

@@ -1,0 +1,195 @@
+//! What an image knows of the layers below it, and they of it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+
+use arc_swap::{ArcSwap, Guard};
+use parking_lot::{Mutex, RwLock};
+use rustc_hash::FxHashMap;
+
+use super::entry::MAX_LAYERS;
+use super::index::Index;
+use crate::host::Host;
+use crate::image::Image;
+
+/// A chain of layers as seen from the image on top of it, at one generation of
+/// the graph.
+pub(crate) struct View<H: Host> {
+    /// [`Host::generation`] when the links were walked; `None` before that.
+    generation: Option<u64>,
+    /// The layers, from the lowest one up. The last one backs the image.
+    pub(crate) layers: Vec<Arc<Image<H>>>,
+    /// Where the disk of the last layer ends; what the image has beyond that
+    /// reads as zeroes.
+    pub(crate) end: u64,
+    /// `None` without layers, and for chains too long for an index.
+    pub(crate) index: Option<Arc<Index<H>>>,
+    /// Numbers of the layers, by their addresses; made when first needed.
+    pub(super) positions: OnceLock<FxHashMap<usize, usize>>,
+}
+
+impl<H: Host> View<H> {
+    fn unknown() -> Arc<Self> {
+        Arc::new(Self {
+            generation: None,
+            layers: Vec::new(),
+            end: 0,
+            index: None,
+            positions: OnceLock::new(),
+        })
+    }
+
+    fn is_current(&self, generation: u64) -> bool {
+        self.generation == Some(generation)
+            && self.index.as_ref().is_none_or(|index| index.is_alive())
+    }
+
+    fn has_layers(&self, layers: &[Arc<Image<H>>]) -> bool {
+        self.layers.len() == layers.len()
+            && self
+                .layers
+                .iter()
+                .zip(layers)
+                .all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+}
+
+/// The links of an image to the chain it is part of.
+pub(crate) struct Links<H: Host> {
+    view: ArcSwap<View<H>>,
+    /// Held while the view is made.
+    making: Mutex<()>,
+    /// Indexes that say something about this image.
+    watchers: RwLock<Vec<Weak<Index<H>>>>,
+    /// Whether there may be any.
+    watched: AtomicBool,
+}
+
+impl<H: Host> Default for Links<H> {
+    fn default() -> Self {
+        Self {
+            view: ArcSwap::new(View::unknown()),
+            making: Mutex::new(()),
+            watchers: RwLock::default(),
+            watched: AtomicBool::new(false),
+        }
+    }
+}
+
+impl<H: Host> Links<H> {
+    fn add_watcher(&self, index: &Arc<Index<H>>) {
+        let mut watchers = self.watchers.write();
+        watchers.retain(|known| {
+            known.strong_count() > 0 && !std::ptr::eq(known.as_ptr(), Arc::as_ptr(index))
+        });
+        watchers.push(Arc::downgrade(index));
+        self.watched.store(true, Ordering::SeqCst);
+    }
+
+    fn for_watchers(&self, f: impl Fn(&Index<H>)) {
+        if !self.watched.load(Ordering::SeqCst) {
+            return;
+        }
+        for index in self.watchers.read().iter().filter_map(Weak::upgrade) {
+            f(&index);
+        }
+    }
+
+    /// Tells those who have looked this image up that `len` guest bytes from
+    /// `start` on are mapped differently now.
+    #[inline]
+    pub(crate) fn changed(&self, start: u64, len: u64) {
+        self.for_watchers(|index| index.invalidate(start, len));
+    }
+
+    /// Tells them that nothing of what they know of this image is true any
+    /// more.
+    pub(crate) fn changed_altogether(&self) {
+        self.for_watchers(Index::kill);
+    }
+
+    /// What is known of the layers below, as it was last looked at.
+    pub(crate) fn last_view(&self) -> Guard<Arc<View<H>>> {
+        self.view.load()
+    }
+
+    /// Forgets the layers below.
+    pub(crate) fn forget_view(&self) {
+        self.view.store(View::unknown());
+    }
+}
+
+impl<H: Host> Image<H> {
+    /// The layers below, as they are now.
+    #[inline]
+    pub(crate) fn view(&self) -> Guard<Arc<View<H>>> {
+        let view = self.links().view.load();
+        if view.is_current(self.host().generation()) {
+            return view;
+        }
+        drop(view);
+        self.make_view();
+        self.links().view.load()
+    }
+
+    #[cold]
+    fn make_view(&self) {
+        let links = self.links();
+        let _making = links.making.lock();
+        // The links do not change while a request is in flight; what changes
+        // elsewhere in the graph meanwhile makes the number too old, not wrong.
+        let generation = self.host().generation();
+        let old = links.view.load_full();
+        if old.is_current(generation) {
+            return;
+        }
+        let mut layers = Vec::new();
+        let mut below = self.host().layer_below();
+        while let Some(layer) = below {
+            below = layer.host().layer_below();
+            layers.push(layer);
+        }
+        layers.reverse();
+        let end = layers.last().map_or(0, |layer| layer.size());
+        let alive = old.index.as_ref().is_none_or(|index| index.is_alive());
+        let index = if old.generation.is_some() && alive && old.has_layers(&layers) {
+            old.index.clone()
+        } else {
+            self.index_for(&layers, end)
+        };
+        links.view.store(Arc::new(View {
+            generation: Some(generation),
+            layers,
+            end,
+            index,
+            positions: OnceLock::new(),
+        }));
+    }
+
+    /// An index for `layers`: that of the image below, which is put on top of
+    /// what it knows, or a new one.
+    fn index_for(&self, layers: &[Arc<Image<H>>], end: u64) -> Option<Arc<Index<H>>> {
+        let (last, rest) = layers.split_last()?;
+        if layers.len() >= MAX_LAYERS {
+            return None;
+        }
+        let bits = layers.iter().map(|layer| layer.geometry().cluster_bits);
+        let bits = bits.min()?;
+        let capacity = self.index_capacity();
+        let before = last.links().view.load_full();
+        if let Some(index) = &before.index {
+            let fits = index.bits() == bits && index.end() >= end && index.is_alive();
+            if fits && before.has_layers(rest) {
+                last.links().forget_view();
+                index.set_capacity(capacity);
+                last.links().add_watcher(index);
+                return Some(Arc::clone(index));
+            }
+        }
+        let index = Arc::new(Index::new(bits, end, capacity));
+        for layer in layers {
+            layer.links().add_watcher(&index);
+        }
+        Some(index)
+    }
+}
