@@ -41,6 +41,7 @@ iotests:
 	ci/iotests
 
 bench:
+	bench/build
 	bench/run
 
 soak:

@@ -1,10 +1,9 @@
-"""What is measured: each case runs one program once and returns a number."""
+"""One image, without a chain: rqcow2 must not be slower than QEMU's driver."""
 
 import os
 import re
-import resource
-import subprocess
-import time
+
+from sides import Row, turns
 
 GIB = 1 << 30
 BLOCK = 4096
@@ -13,49 +12,13 @@ BLOCK = 4096
 SCATTER = BLOCK * 18517
 
 
-class Side:
-    """One of the two that are compared: programs, and the name of the format."""
-
-    def __init__(self, name, programs, driver):
-        self.name = name
-        self.programs = programs
-        self.driver = driver
-
-    def program(self, name):
-        return os.path.join(self.programs, name)
-
-    def run(self, name, *words, **options):
-        return subprocess.run([self.program(name), *words], check=True, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              **options).stdout
-
-
-class Case:
-    """A figure. `better` says whether less (seconds) or more is better."""
-
-    target = None
-    unit = 's'
-
-    def __init__(self, name):
-        self.name = name
-
-    def prepare(self, workspace, stock):
-        """Makes what both sides use."""
-
-    def measure(self, side, workspace):
-        """Returns the figure for one side, from one run."""
-        raise NotImplementedError
-
-
-class Requests(Case):
+class Requests:
     """Requests through qemu-img bench: the driver in the process that measures,
     data in the page cache, so that neither a device nor a transport is in the
     way. The time is that of the requests, without open and close."""
 
-    target = 0.95
-
     def __init__(self, name, size, depth, count, write=False, fresh=False, base=False):
-        super().__init__(name)
+        self.name = name
         self.size, self.depth, self.count = size, depth, count
         self.write, self.fresh, self.base = write, fresh, base
 
@@ -84,84 +47,30 @@ class Requests(Case):
         return float(re.search(r'Run completed in ([\d.]+) seconds', text).group(1))
 
 
-class Chain(Case):
-    """Something on a chain whose data are spread over the layers."""
-
-    def __init__(self, name, depth, disk='1G', data='256K'):
-        super().__init__(f'{name}, depth {depth}')
-        self.depth, self.disk, self.data = depth, disk, data
-
-    def top(self, workspace):
-        return os.path.join(workspace, f'chain{self.depth}', f'l{self.depth - 1}.qcow2')
-
-    def prepare(self, workspace, stock):
-        if os.path.exists(self.top(workspace)):
-            return
-        maker = os.path.join(os.path.dirname(__file__), '..', 'tools', 'make-chain.py')
-        subprocess.run([maker, os.path.dirname(self.top(workspace)), '--layers', str(self.depth),
-                        '--disk', self.disk, '--data-per-layer', self.data, '--seed', '1'],
-                       check=True, stdout=subprocess.DEVNULL)
-
-
-class ChainOpen(Chain):
-    """Open and close, milliseconds."""
-
-    unit = 'ms'
-
-    def measure(self, side, workspace):
-        before = time.monotonic()
-        side.run('qemu-io', '-r', '-f', side.driver, '-c', 'quit', self.top(workspace))
-        return (time.monotonic() - before) * 1e3
+def one_image(bench):
+    """Reads and writes of one image through qemu-img bench, beside unpatched QEMU."""
+    few = 4 if bench.quick else 1
+    workspace = bench.chains.workspace
+    for case in (
+            Requests('4 KiB random read, QD 1', BLOCK, 1, 60000 // few),
+            Requests('4 KiB random read, QD 32', BLOCK, 32, 120000 // few),
+            Requests('4 KiB random write, QD 1', BLOCK, 1, 60000 // few, write=True),
+            Requests('4 KiB random write, QD 32', BLOCK, 32, 120000 // few, write=True),
+            Requests('4 KiB random write, allocating, QD 1', BLOCK, 1, 8000 // few,
+                     write=True, fresh=True),
+            Requests('4 KiB random write, allocating, QD 32', BLOCK, 32, 8000 // few,
+                     write=True, fresh=True),
+            Requests('4 KiB random write, copy-on-write, QD 1', BLOCK, 1, 8000 // few,
+                     write=True, fresh=True, base=True),
+            Requests('1 MiB sequential read', 1 << 20, 1, 2048 // few),
+            Requests('1 MiB sequential write', 1 << 20, 1, 1024 // few, write=True)):
+        case.prepare(workspace, bench.stock)
+        samples = turns({side: lambda case=case, side=side: case.measure(side, workspace)
+                         for side in (bench.stock, bench.ours)}, bench.rounds)
+        yield Row(f'{case.name}: rqcow2 against unpatched', 's', samples[bench.ours],
+                  samples[bench.stock], least=0.95, speed=True)
+    for name in ('full.qcow2', 'fresh.qcow2'):
+        os.remove(os.path.join(workspace, name))
 
 
-class ChainRead(Chain):
-    """4 KiB random reads at queue depth 1, microseconds each."""
-
-    unit = 'us'
-
-    def measure(self, side, workspace):
-        count = 2000
-        text = side.run('qemu-img', 'bench', '-f', side.driver, '-t', 'writeback',
-                        '-c', str(count), '-d', '1', '-s', str(BLOCK), '-S', str(SCATTER),
-                        self.top(workspace))
-        seconds = float(re.search(r'Run completed in ([\d.]+) seconds', text).group(1))
-        return seconds / count * 1e6
-
-
-class ChainMemory(Chain):
-    """Peak resident memory of 2000 random reads, MiB."""
-
-    unit = 'MiB'
-
-    def measure(self, side, workspace):
-        command = [side.program('qemu-img'), 'bench', '-f', side.driver, '-t', 'writeback',
-                   '-c', '2000', '-d', '1', '-s', str(BLOCK), '-S', str(SCATTER),
-                   self.top(workspace)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            raise subprocess.CalledProcessError(process.returncode, command)
-        assert isinstance(usage, resource.struct_rusage)
-        return usage.ru_maxrss / 1024
-
-
-def cases(quick):
-    """All cases, fewer requests each with `quick`."""
-    few = 4 if quick else 1
-    yield Requests('4 KiB random read, QD 1', BLOCK, 1, 60000 // few)
-    yield Requests('4 KiB random read, QD 32', BLOCK, 32, 120000 // few)
-    yield Requests('4 KiB random write, QD 1', BLOCK, 1, 60000 // few, write=True)
-    yield Requests('4 KiB random write, QD 32', BLOCK, 32, 120000 // few, write=True)
-    yield Requests('4 KiB random write, allocating, QD 1', BLOCK, 1, 8000 // few,
-                   write=True, fresh=True)
-    yield Requests('4 KiB random write, allocating, QD 32', BLOCK, 32, 8000 // few,
-                   write=True, fresh=True)
-    yield Requests('4 KiB random write, copy-on-write, QD 1', BLOCK, 1, 8000 // few,
-                   write=True, fresh=True, base=True)
-    yield Requests('1 MiB sequential read', 1 << 20, 1, 2048 // few)
-    yield Requests('1 MiB sequential write', 1 << 20, 1, 1024 // few, write=True)
-    for depth in (1, 100, 300, 500):
-        yield ChainOpen('open and close', depth)
-        yield ChainRead('4 KiB random read', depth)
-        yield ChainMemory('memory', depth)
+ONE_IMAGE = [one_image]

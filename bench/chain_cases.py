@@ -1,0 +1,92 @@
+"""What a chain costs: each case yields rows for the table.
+
+A case is a function with the name and the docstring that
+`bench/run --list` shows; it gets a Bench and yields Rows. Within a case all that is
+compared is open at the same time and takes turns.
+"""
+
+from contextlib import ExitStack
+
+from sides import Crash, Row, turns
+
+
+class Bench:
+    """The sides, the chains, and how long to measure."""
+
+    def __init__(self, sides, chains, rounds, quick, say):
+        self.stock, self.inserted, self.ours = sides
+        self.chains, self.rounds, self.quick, self.say = chains, rounds, quick, say
+        self.ms = 150 if quick else 300
+
+    def reads(self, probes, offsets, which=0, queue_depth=1, threads=None):
+        """Probes by name take turns; `which` 0: the clock, 1: CPU time. The
+        first turn of each is not counted."""
+        def reader(name):
+            return lambda: probes[name].read(
+                offsets[name] if isinstance(offsets, dict) else offsets,
+                self.ms, queue_depth, threads[name] if threads else 0)[which]
+
+        measures = {name: reader(name) for name in probes}
+        turns(measures, 1)
+        return turns(measures, self.rounds)
+
+
+def read_depth(bench):
+    """4 KiB random reads of data and holes by rqcow2, depth 1000 beside depth 1."""
+    one, deep = bench.chains.spread(1), bench.chains.spread(1000)
+    with ExitStack() as stack:
+        probes = {chain: stack.enter_context(bench.ours.probe(chain.top))
+                  for chain in (one, deep)}
+        for chain, probe in probes.items():
+            probe.warm(chain.warm)
+        data = {chain: chain.data for chain in probes}
+        holes = {chain: chain.holes for chain in probes}
+        samples = bench.reads(probes, data)
+        yield Row('4 KiB random read: depth 1000 against depth 1', 'us',
+                  samples[deep], samples[one], least=0.95, speed=True)
+        samples = bench.reads(probes, holes, which=1)
+        yield Row('hole, CPU time: depth 1000 against depth 1', 'us',
+                  samples[deep], samples[one], most=1.1)
+
+
+def read_raw(bench):
+    """4 KiB random reads of data, QD 32, beside a raw file of the same content."""
+    for depth in (1, 1000):
+        chain = bench.chains.spread(depth)
+        with bench.ours.probe(chain.top) as ours, bench.ours.raw(chain.flat) as raw:
+            ours.warm(chain.warm)
+            raw.warm(chain.warm)
+            samples = bench.reads({'ours': ours, 'raw': raw}, chain.data, queue_depth=32)
+        yield Row(f'4 KiB random read, QD 32: depth {depth} against a raw file', 'us',
+                  samples['ours'], samples['raw'], least=0.90, speed=True)
+
+
+def read_stock(bench):
+    """4 KiB random reads at depth 500, beside unpatched QEMU."""
+    chain = bench.chains.spread(500)
+    sides = (bench.ours, bench.inserted, bench.stock)
+    with ExitStack() as stack:
+        probes = {side: stack.enter_context(side.probe(chain.top)) for side in sides}
+        for probe in probes.values():
+            probe.warm(chain.warm)
+        samples = bench.reads(probes, chain.data)
+    yield Row('4 KiB random read, depth 500: rqcow2 against unpatched', 'us',
+              samples[bench.ours], samples[bench.stock], least=30, speed=True)
+    yield Row('4 KiB random read, depth 500: rqcow2 against unpatched + is_inserted', 'us',
+              samples[bench.ours], samples[bench.inserted], speed=True)
+
+
+def crash(bench):
+    """One read of a hole at depth 1000 in unpatched QEMU."""
+    chain = bench.chains.spread(1000)
+    for side in (bench.ours, bench.inserted, bench.stock):
+        try:
+            with side.probe(chain.top) as probe:
+                probe.warm(chain.warm)
+                end = 'works'
+        except Crash as reason:
+            end = str(reason)
+        yield Row(f'hole read, depth 1000: {side.name}', '', end, '')
+
+
+CASES = [read_depth, read_raw, read_stock, crash]

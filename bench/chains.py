@@ -1,0 +1,149 @@
+"""The images that are measured, and the places in them that are read."""
+
+import array
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+sys.dont_write_bytecode = True
+TOOLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'tools')
+sys.path.insert(0, TOOLS)
+from qcow2writer import write_qcow2  # noqa: E402 pylint: disable=wrong-import-position
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+CLUSTER = 64 * KIB
+BLOCK = 4 * KIB
+TABLE = CLUSTER // 8 * CLUSTER      # what one L2 table maps
+
+
+class Chain:
+    """Files l0.qcow2 to l<depth-1>.qcow2 in a directory."""
+
+    def __init__(self, directory, depth, disk):
+        self.directory, self.depth, self.disk = directory, depth, disk
+        self.top = self.layer(depth - 1)
+
+    def layer(self, number):
+        return os.path.join(self.directory, f'l{number}.qcow2')
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+
+class Spread(Chain):
+    """The same guest clusters at any depth, dealt out to the layers at random.
+
+    A little more than half of the disk has data, the rest was never written.
+    `flat` is a raw file with the same content. The files `data`, `holes` and
+    `warm` are lists of offsets: of all blocks with data and without, shuffled,
+    and one hole every 4 MiB, which takes a request through every layer and to
+    every L2 table and every piece of an index, however small.
+    """
+
+    def __init__(self, directory, depth, quick=False):
+        super().__init__(directory, depth, (256 * MIB) if quick else GIB)
+        # Divides by 10, 30, 100, 300, 500, 1000, 3000.
+        clusters = 3000 if quick else 9000
+        self.flat = self.path('flat.raw')
+        self.data, self.holes, self.warm = map(self.path, ('data', 'holes', 'warm'))
+        subprocess.run(
+            [sys.executable, os.path.join(TOOLS, 'make-chain.py'), directory,
+             '--layers', str(depth), '--disk', str(self.disk), '--place', 'deal',
+             '--data-per-layer', str(-(-clusters // depth) * CLUSTER), '--seed', '1',
+             '--flat', self.flat], check=True, stdout=subprocess.DEVNULL)
+        self._lists()
+
+    def _lists(self):
+        has_data = [False] * (self.disk // CLUSTER)
+        with open(self.flat, 'rb', buffering=0) as file:
+            end = 0
+            while True:
+                try:
+                    begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                except OSError:
+                    break
+                end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+                for number in range(begin // CLUSTER, -(-end // CLUSTER)):
+                    has_data[number] = True
+        per = CLUSTER // BLOCK
+        blocks = range(self.disk // BLOCK)
+        holes = [n * BLOCK for n in blocks if not has_data[n // per]]
+        write_offsets(self.data, [n * BLOCK for n in blocks if has_data[n // per]])
+        write_offsets(self.holes, holes)
+        first = {}
+        for offset in holes:
+            first.setdefault(offset // (4 * MIB), offset)
+        write_offsets(self.warm, sorted(first.values()), shuffle=False)
+
+
+class FullTables(Chain):
+    """Every layer has every L2 table, with one cluster of data under each.
+
+    `slices` is a list of one hole for each 32 MiB (512 clusters, a slice of
+    4 KiB of an L2 table), `tables` one of where all L2 tables are.
+    """
+
+    def __init__(self, directory, depth, disk):
+        super().__init__(directory, depth, disk)
+        self.slices, self.tables = self.path('slices'), self.path('tables')
+        self.count = disk // TABLE
+        os.makedirs(directory)
+        chance = random.Random(1)
+        content = chance.randbytes(CLUSTER)
+        taken = set()
+        with open(self.tables, 'w', encoding='utf-8') as lists:
+            for number in range(depth):
+                clusters = [table * (TABLE // CLUSTER) + chance.randrange(TABLE // CLUSTER)
+                            for table in range(self.count)]
+                taken.update(clusters)
+                path = self.layer(number)
+                end = write_qcow2(path, disk, clusters, lambda _: content,
+                                  backing=f'l{number - 1}.qcow2' if number else None,
+                                  backing_format='qcow2' if number else None)
+                # The writer puts them in front of the data, which come last.
+                first = end - 2 * self.count * CLUSTER
+                for table in range(self.count):
+                    lists.write(f'{first + table * CLUSTER} {CLUSTER} {path}\n')
+        step = 32 * MIB // CLUSTER
+        write_offsets(self.slices, [
+            next(n for n in range(start, start + step) if n not in taken) * CLUSTER
+            for start in range(0, disk // CLUSTER, step)], shuffle=False)
+
+
+def write_offsets(path, offsets, shuffle=True):
+    offsets = array.array('Q', offsets)
+    if shuffle:
+        offsets = list(offsets)
+        random.Random(1).shuffle(offsets)
+        offsets = array.array('Q', offsets)
+    with open(path, 'wb') as file:
+        offsets.tofile(file)
+
+
+class Chains:
+    """Makes chains when they are first asked for."""
+
+    def __init__(self, workspace, quick, say):
+        self.workspace, self.quick, self.say = workspace, quick, say
+        self.made = {}
+
+    def _get(self, key, make):
+        if key not in self.made:
+            self.say(f'making {key}')
+            self.made[key] = make(os.path.join(self.workspace, key))
+        return self.made[key]
+
+    def spread(self, depth):
+        return self._get(f'chain{depth}', lambda path: Spread(path, depth, self.quick))
+
+    def full_tables(self, depth, disk):
+        return self._get(f'tables{depth}-{disk // GIB}G',
+                         lambda path: FullTables(path, depth, disk))
+
+    def drop(self):
+        """Gives the space back."""
+        for chain in self.made.values():
+            shutil.rmtree(chain.directory)
+        self.made.clear()
