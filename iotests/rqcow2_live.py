@@ -110,15 +110,41 @@ class Layers:
                 layer.data[number] = bytes(layer.cluster)
         layer.size = size
 
-    def flatten(self, index, base):
-        """What is between two layers is now in the lower one."""
-        content = self.whole(index)
-        layer = self.layers[base]
-        layer.size = max(layer.size, len(content))
-        content += bytes(-len(content) % layer.cluster)
-        for at in range(0, len(content), layer.cluster):
-            layer.data[at // layer.cluster] = content[at:at + layer.cluster]
-        del self.layers[base + 1:index + 1]
+    def between(self, base, top):
+        """Where layers above one and up to another have something of their own."""
+        size = self.layers[top].size
+        ranges = []
+        for number in range(base + 1, top + 1):
+            layer = self.layers[number]
+            ranges += [(n * layer.cluster, (n + 1) * layer.cluster) for n in layer.data]
+            # Past the end of a layer that is shorter there are zeroes.
+            ranges.append((layer.size, size))
+        at = 0
+        for start, end in sorted(ranges):
+            start, end = max(start, at), min(end, size)
+            if start < end:
+                yield start, end - start
+                at = end
+
+    def commit(self, top, base):
+        """Some layers go to the one below them."""
+        new = [(start, self.read(top, start, length)) for start, length in self.between(base, top)]
+        if self.layers[base].size < self.layers[top].size:
+            self.resize(base, self.layers[top].size)
+        for start, data in new:
+            self.write(base, start, data)
+        del self.layers[base + 1:top + 1]
+
+    def stream(self, top, base):
+        """A layer gets what is in those below it; base is -1 if all are to go."""
+        layer = self.layers[top]
+        new = dict(layer.data)
+        for start, length in self.between(base, top - 1):
+            for number in range(start // layer.cluster, -(-min(start + length, layer.size) // layer.cluster)):
+                if number not in new:
+                    new[number] = self.read(top, number * layer.cluster, layer.cluster)
+        layer.data = new
+        del self.layers[base + 1:top]
 
 
 class LiveCase(Case):
@@ -257,6 +283,13 @@ class LiveCase(Case):
             self.clients[name] = self.connect(name)
         return self.clients[name]
 
+    def disconnect(self):
+        """Ends the exports of all layers but the top, which keep jobs from starting."""
+        for name in [n for n in self.clients if n != 'top']:
+            self.clients.pop(name).close()
+            self.vm.cmd('block-export-del', id=name, mode='hard')
+            self.vm.event_wait('BLOCK_EXPORT_DELETED', timeout=60.0, match={'data': {'id': name}})
+
     def steady(self, count=3):
         """Every reader reads some more."""
         for reader in self.watching:
@@ -387,8 +420,14 @@ class LiveCase(Case):
         """Writes to the top."""
         self.some_work(len(self.nodes) - 1, count)
 
-    def drop_nodes(self, base, top):
-        """Layers above base up to top are gone from the chain, and from the model."""
-        self.chain.flatten(top, base)
+    def committed(self, top, base):
+        """Layers have gone to the one below them, in the model and among the nodes."""
+        self.chain.commit(top, base)
         del self.nodes[base + 1:top + 1]
         del self.names[base + 1:top + 1]
+
+    def streamed(self, top, base):
+        """A layer has got what was below it."""
+        self.chain.stream(top, base)
+        del self.nodes[base + 1:top]
+        del self.names[base + 1:top]
