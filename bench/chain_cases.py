@@ -7,7 +7,8 @@ compared is open at the same time and takes turns.
 
 from contextlib import ExitStack
 
-from sides import Crash, Row, turns
+from chains import GIB
+from sides import Crash, Probe, Row, node, turns
 
 
 class Bench:
@@ -17,6 +18,11 @@ class Bench:
         self.stock, self.inserted, self.ours = sides
         self.chains, self.rounds, self.quick, self.say = chains, rounds, quick, say
         self.ms = 150 if quick else 300
+        # For what takes seconds each time.
+        self.few = 2 if quick else 3
+
+    def full_tables(self):
+        return self.chains.full_tables(100 if self.quick else 300, 16 * GIB)
 
     def reads(self, probes, offsets, which=0, queue_depth=1, threads=None):
         """Probes by name take turns; `which` 0: the clock, 1: CPU time. The
@@ -89,4 +95,66 @@ def crash(bench):
         yield Row(f'hole read, depth 1000: {side.name}', '', end, '')
 
 
-CASES = [read_depth, read_raw, read_stock, crash]
+def threads(bench):
+    """Reads of a deep chain from two event loops beside one, on two CPUs."""
+    chain = bench.chains.spread(1000)
+    null = {'driver': 'null-co', 'size': chain.disk}
+    with Probe(bench.ours) as probe:
+        samples = turns({n: lambda n=n: probe.spin(bench.ms, n) for n in (1, 2)}, bench.rounds)
+    yield Row('two threads against one, arithmetic', 'us', samples[2], samples[1], speed=True)
+    for what, options, offsets, most in (
+            ('null-co, no image at all', null, chain.holes, {}),
+            ('holes, depth 1000', node(bench.ours.driver, chain.top), chain.holes, {}),
+            ('page-cached data, depth 1000', node(bench.ours.driver, chain.top, 'io_uring'),
+             chain.data, {'least': 1.7})):
+        with Probe(bench.ours, options) as probe:
+            probe.warm(chain.warm)
+            samples = bench.reads({1: probe, 2: probe}, offsets, queue_depth=8,
+                                  threads={1: 1, 2: 2})
+        yield Row(f'two I/O threads against one, {what}', 'us', samples[2], samples[1],
+                  speed=True, **most)
+
+
+def cold(bench):
+    """The first read of each 32 MiB of a disk whose layers have all L2 tables."""
+    chain = bench.full_tables()
+    name = f'{chain.disk // GIB} GiB, {chain.depth} layers, first read of each 32 MiB'
+
+    def first_reads(side):
+        with side.probe(chain.top) as probe:
+            return probe.warm(chain.slices)
+
+    def tables():
+        with Probe(bench.ours) as probe:
+            return probe.ask(f'tables {chain.tables}')['seconds']
+
+    samples = turns({'ours': lambda: first_reads(bench.ours), 'tables': tables,
+                     'stock': lambda: first_reads(bench.stock)}, bench.few)
+    yield Row(f'{name}: against reading every L2 table once', 's',
+              samples['ours'], samples['tables'], most=2)
+    yield Row(f'{name}: rqcow2 against unpatched', 's', samples['ours'], samples['stock'],
+              speed=True)
+
+
+def memory(bench):
+    """Resident memory when every L2 table of every layer was touched."""
+    chain = bench.full_tables()
+    samples = {}
+    for side in (bench.ours, bench.inserted, bench.stock):
+        samples[side] = []
+        for _ in range(bench.few):
+            used = []
+            # The base alone is a chain of one layer with the same tables.
+            for top in (chain.top, chain.layer(0)):
+                with side.probe(top) as probe:
+                    probe.warm(chain.slices)
+                    used.append(probe.status('VmRSS'))
+            samples[side].append(used[0] - used[1])
+    name = f'memory above depth 1, depth {chain.depth}, {chain.disk // GIB} GiB'
+    yield Row(f'{name}: rqcow2 against unpatched', 'MiB', samples[bench.ours],
+              samples[bench.stock], most=1 / 15)
+    yield Row(f'{name}: unpatched + is_inserted against unpatched', 'MiB',
+              samples[bench.inserted], samples[bench.stock])
+
+
+CASES = [read_depth, read_raw, read_stock, crash, threads, cold, memory]

@@ -48,6 +48,7 @@ class Spread(Chain):
         clusters = 3000 if quick else 9000
         self.flat = self.path('flat.raw')
         self.data, self.holes, self.warm = map(self.path, ('data', 'holes', 'warm'))
+        self.first = self.path('first')
         subprocess.run(
             [sys.executable, os.path.join(TOOLS, 'make-chain.py'), directory,
              '--layers', str(depth), '--disk', str(self.disk), '--place', 'deal',
@@ -76,6 +77,7 @@ class Spread(Chain):
         for offset in holes:
             first.setdefault(offset // (4 * MIB), offset)
         write_offsets(self.warm, sorted(first.values()), shuffle=False)
+        write_offsets(self.first, holes[:1])
 
 
 class FullTables(Chain):
@@ -110,6 +112,11 @@ class FullTables(Chain):
         write_offsets(self.slices, [
             next(n for n in range(start, start + step) if n not in taken) * CLUSTER
             for start in range(0, disk // CLUSTER, step)], shuffle=False)
+
+
+def empty_overlay(path, disk, backing):
+    """An image without data; the backing file is named and not looked at."""
+    write_qcow2(path, disk, [], None, backing=backing, backing_format='qcow2')
 
 
 def write_offsets(path, offsets, shuffle=True):

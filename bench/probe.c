@@ -19,6 +19,7 @@
  *                       list where the last call stopped; in the main loop,
  *                       or with THREADS > 0 in so many threads with an event
  *                       loop each, QD requests in each of them
+ *   spin MS THREADS     arithmetic: what several threads get of the machine
  *   tables FILE         reads pieces of files through the file driver; a line
  *                       for each piece: offset, length, path
  *   close
@@ -268,6 +269,37 @@ static int read_tables(const char *list)
     return 0;
 }
 
+static void *spin_thread(void *opaque)
+{
+    Load *load = opaque;
+
+    while (g_get_monotonic_time() < load->deadline) {
+        for (volatile int i = 0; i < 1000; i++) {
+            /* nothing */
+        }
+        load->done++;
+    }
+    return NULL;
+}
+
+static void spin(int64_t ms, int threads)
+{
+    Moment begin = now();
+    g_autofree Load *loads = g_new0(Load, threads);
+    uint64_t count = 0;
+
+    for (int i = 0; i < threads; i++) {
+        loads[i].deadline = g_get_monotonic_time() + ms * 1000;
+        qemu_thread_create(&loads[i].thread, "spin", spin_thread, &loads[i],
+                           QEMU_THREAD_JOINABLE);
+    }
+    for (int i = 0; i < threads; i++) {
+        qemu_thread_join(&loads[i].thread);
+        count += loads[i].done;
+    }
+    answer(begin, count);
+}
+
 static int command(char *line)
 {
     g_auto(GStrv) words = g_strsplit(line, " ", -1);
@@ -284,6 +316,9 @@ static int command(char *line)
         return read_blocks(0, n_offsets, atoi(words[1]), 0);
     } else if (g_str_equal(words[0], "read") && n == 4) {
         return read_blocks(atoi(words[1]), 0, atoi(words[2]), atoi(words[3]));
+    } else if (g_str_equal(words[0], "spin") && n == 3) {
+        spin(atoi(words[1]), atoi(words[2]));
+        return 0;
     } else if (g_str_equal(words[0], "tables")) {
         return read_tables(rest);
     } else if (g_str_equal(words[0], "close")) {

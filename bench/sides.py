@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -9,6 +10,10 @@ import subprocess
 
 class Crash(Exception):
     """A program ended by a signal, or with an error."""
+
+
+class Slow(Exception):
+    """Something took longer than anybody would wait."""
 
 
 class Side:
@@ -28,10 +33,17 @@ class Side:
                               **options).stdout
 
     def probe(self, image, **options):
-        return Probe(self, self.driver, image, **options)
+        return Probe(self, node(self.driver, image, **options))
 
     def raw(self, image, **options):
-        return Probe(self, 'raw', image, **options)
+        return Probe(self, node('raw', image, **options))
+
+
+def node(driver, image, aio='threads'):
+    """Options of a block node. No locks on the top: several programs have it
+    open for writing at a time, and none of them writes."""
+    return {'driver': driver,
+            'file': {'driver': 'file', 'filename': image, 'locking': 'off', 'aio': aio}}
 
 
 def ended(process, errors=''):
@@ -46,18 +58,17 @@ def ended(process, errors=''):
 class Probe:
     """bench/probe.c, with an image open. The commands are explained there."""
 
-    def __init__(self, side, driver, image, aio='threads'):
+    def __init__(self, side, options=None, patience=None):
+        self.patience = patience
         self.process = subprocess.Popen(  # pylint: disable=consider-using-with
             [side.program('probe')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, bufsize=1)
-        # Several programs have the top open for writing, and nobody writes.
-        file = {'driver': 'file', 'filename': image, 'locking': 'off', 'aio': aio}
         self.offsets = None
         self.opened = None
-        if image:
+        if options:
             try:
-                self.opened = self.ask('open ' + json.dumps({'driver': driver, 'file': file}))
-            except Crash:
+                self.opened = self.ask('open ' + json.dumps(options))['seconds']
+            except (Crash, Slow):
                 self.end()
                 raise
 
@@ -66,6 +77,8 @@ class Probe:
             self.process.stdin.write(command + '\n')
         except BrokenPipeError:
             pass
+        if self.patience and not select.select([self.process.stdout], [], [], self.patience)[0]:
+            raise Slow(f'over {self.patience} s')
         answer = self.process.stdout.readline()
         if not answer:
             raise Crash(ended(self.process, self.process.stderr.read()))
@@ -78,8 +91,9 @@ class Probe:
             self.offsets = offsets
 
     def warm(self, offsets):
+        """Reads at each of the offsets once; returns the seconds."""
         self.go(offsets)
-        return self.ask('pass 1')
+        return self.ask('pass 1')['seconds']
 
     def read(self, offsets, milliseconds, queue_depth=1, threads=0):
         """Microseconds for each request: of the clock, and of all CPUs."""
@@ -87,6 +101,11 @@ class Probe:
         answer = self.ask(f'read {milliseconds} {queue_depth} {threads}')
         return (answer['seconds'] / answer['count'] * 1e6,
                 answer['cpu'] / answer['count'] * 1e6)
+
+    def spin(self, milliseconds, threads):
+        """Microseconds for each piece of arithmetic."""
+        answer = self.ask(f'spin {milliseconds} {threads}')
+        return answer['seconds'] / answer['count'] * 1e6
 
     def status(self, name):
         """A line of /proc/PID/status, in MiB."""
@@ -160,7 +179,7 @@ class Row:
             return None
         return self.ratio >= self.least if self.least is not None else self.ratio <= self.most
 
-    HEAD = (f'{"":60} {"this":>12} {"against":>12} {"ratio":>7} {"to reach":>9}'
+    HEAD = (f'{"":66} {"this":>12} {"against":>12} {"ratio":>7} {"to reach":>9}'
             '              (single rounds)')
 
     def __str__(self):
@@ -171,7 +190,7 @@ class Row:
 
         ratio = '' if self.ratio is None else f'{self.ratio:.3g}'
         verdict = {None: '', True: 'reached', False: 'NOT reached'}[self.reached]
-        return (f'{self.name:60} {number(self.this):>12} {number(self.that):>12} {ratio:>7} '
+        return (f'{self.name:66} {number(self.this):>12} {number(self.that):>12} {ratio:>7} '
                 f'{self.target:>9} {verdict:12} {self.spread}{self.note}').rstrip()
 
     def record(self):

@@ -1,0 +1,72 @@
+"""qemu-storage-daemon and what is said to it."""
+
+import json
+import select
+import subprocess
+import time
+
+from sides import Crash, Slow, ended
+
+
+class Daemon:
+    """A storage daemon with its monitor on standard input and output."""
+
+    def __init__(self, side, patience=None):
+        self.patience = patience
+        self.events = []
+        self.process = subprocess.Popen(  # pylint: disable=consider-using-with
+            [side.program('qemu-storage-daemon'), '--chardev', 'stdio,id=monitor',
+             '--monitor', 'chardev=monitor'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._buffer = b''
+        self._receive()
+        self.ask('qmp_capabilities')
+
+    def _receive(self):
+        while b'\n' not in self._buffer:
+            if not select.select([self.process.stdout], [], [], self.patience)[0]:
+                raise Slow(f'over {self.patience} s')
+            data = self.process.stdout.read1(65536)
+            if not data:
+                raise Crash(ended(self.process, self.process.stderr.read().decode()))
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b'\n', 1)
+        return json.loads(line)
+
+    def ask(self, command, **arguments):
+        """Returns the seconds until the answer."""
+        arguments = {name.replace('_', '-'): value for name, value in arguments.items()}
+        text = json.dumps({'execute': command, 'arguments': arguments})
+        begin = time.monotonic()
+        self.process.stdin.write(text.encode() + b'\n')
+        self.process.stdin.flush()
+        while True:
+            answer = self._receive()
+            if 'error' in answer:
+                raise Crash(f'{command}: {answer["error"]["desc"]}')
+            if 'return' in answer:
+                return time.monotonic() - begin
+            self.events.append(answer)
+
+    def wait(self, event):
+        while True:
+            for position, found in enumerate(self.events):
+                if found['event'] == event:
+                    del self.events[:position + 1]
+                    return found['data']
+            self.events.append(self._receive())
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
