@@ -9,7 +9,8 @@ help:
 	@echo 'make check    every test: format, lints, unit, differential, iotests'
 	@echo 'make iotests  the iotests only'
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
-	@echo 'make soak     random operations beside the C driver, for 4 hours'
+	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use; then'
+	@echo '              random operations beside the C driver, for 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
 	@echo 'make build    the patched programs, in build/bin'
@@ -45,6 +46,7 @@ bench:
 	bench/run
 
 soak:
+	tests/soak
 	tests/differential --time 14400
 
 clean:

@@ -54,7 +54,7 @@ class Disk:
             for read in self.reads:
                 read.append(change)
         try:
-            yield
+            yield change
         finally:
             with self.lock:
                 self.content[change.start:change.end] = change.new
@@ -62,23 +62,33 @@ class Disk:
 
     def check(self, start, length, read):
         """Calls read(start, length) and judges the result."""
+        with self.reading(start, length) as judge:
+            judge(read(start, length), read)
+
+    @contextlib.contextmanager
+    def reading(self, start, length):
+        """A read is under way while this is open; gives what judges the result."""
         during = []
-        end = start + length
         with self.lock:
-            before = bytes(self.content[start:end])
+            before = bytes(self.content[start:start + length])
             during.extend(self.changes)
             self.reads.append(during)
         try:
-            data = read(start, length)
+            yield lambda data, read=None: self.judge(start, before, during, data, read)
         finally:
             with self.lock:
                 # Not remove(), which would take an equal list.
                 self.reads = [r for r in self.reads if r is not during]
+
+    def judge(self, start, before, during, data, read):
+        """Raises if a read has not given what it should."""
         if data == before:
             return
-        if len(data) != length:
-            raise Wrong(f'{len(data)} bytes instead of {length} at {start}')
-        during = [c for c in during if c.overlaps(start, end)]
+        end = start + len(before)
+        if len(data) != len(before):
+            raise Wrong(f'{len(data)} bytes instead of {len(before)} at {start}')
+        with self.lock:
+            during = [c for c in during if c.overlaps(start, end)]
         for at in range(start, end, SECTOR):
             stop = min(at + SECTOR, end)
             found = data[at - start:stop - start]
@@ -90,9 +100,10 @@ class Disk:
                     allowed += pieces(change, at, stop, before, start)
             # The host's page cache does not keep a sector together.
             if any(byte not in choice for byte, *choice in zip(found, *allowed)):
-                again = 'the same' if read(at, stop - at) == found else 'something else'
-                raise Wrong(describe(at, found, before[at - start:stop - start], during)
-                            + f'; read once more: {again}')
+                text = describe(at, found, before[at - start:stop - start], during)
+                if read:
+                    text += '; read once more: ' + ('the same' if read(at, stop - at) == found else 'something else')
+                raise Wrong(text)
 
 
 def pieces(change, at, stop, before, start):

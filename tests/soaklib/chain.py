@@ -1,0 +1,184 @@
+"""A chain of layers in a running daemon, and what is done to it."""
+
+import os
+import subprocess
+
+from qcow2writer import write_qcow2
+
+from . import model, nbd
+from .daemon import Failure
+
+
+class Chain:
+    """The layers from the base to the top, each (path, node name)."""
+
+    def __init__(self, soak, daemon, top):
+        self.soak = soak
+        self.rng = soak.rng
+        self.daemon = daemon
+        self.guest = None
+        self.serial = 0
+        daemon.command('blockdev-add', driver=soak.args.driver, node_name='top', discard='unmap',
+                       file={'driver': 'file', 'filename': top, 'discard': 'unmap'})
+        # The nodes below have names that the daemon has made up.
+        nodes = {n['file']: n for n in daemon.command('query-named-block-nodes', flat=True)
+                 if n['drv'] == soak.args.driver}
+        self.layers = []
+        path = top
+        while path:
+            node = nodes[path]
+            self.layers.insert(0, (path, node['node-name']))
+            backing = node.get('backing_file')
+            path = os.path.join(os.path.dirname(path), backing) if backing else None
+
+    @property
+    def top(self):
+        """The node name of the top."""
+        return self.layers[-1][1]
+
+    def name(self, kind):
+        """A new name."""
+        self.serial += 1
+        name = f'{kind}{self.soak.serial}-{self.serial}'
+        return name, os.path.join(self.soak.directory, name + '.qcow2')
+
+    def empty(self, path, backing):
+        """A new image without any data."""
+        write_qcow2(path, self.soak.size, [], None, backing=backing, backing_format='qcow2' if backing else None,
+                    cluster_size=self.soak.cluster)
+
+    def add(self, name, path, backing):
+        """A node for an image."""
+        self.daemon.command('blockdev-add', driver=self.soak.args.driver, node_name=name, backing=backing,
+                            discard='unmap', file={'driver': 'file', 'filename': path, 'discard': 'unmap'})
+
+    def gone(self, layers):
+        """These have left the chain: no node, no file. Some are still the monitor's."""
+        for path, node in reversed(layers):
+            reply = self.daemon.ask('blockdev-del', node_name=node)
+            text = reply.get('error', {}).get('desc', '')
+            if text and 'Failed to find' not in text and 'not owned by the monitor' not in text:
+                raise Failure(text)
+        left = {n['file'] for n in self.daemon.command('query-named-block-nodes', flat=True)}
+        for path, node in layers:
+            if path in left:
+                raise Failure(f'{path} is still in use as {node}')
+            os.unlink(path)
+
+    def job(self, command, ready=None, **arguments):
+        """A job, at full speed or slowly at first, while the guest goes on."""
+        slow = self.rng.random() < 0.5
+        self.daemon.command(command, job_id='job', speed=1 << 20 if slow else 0, **arguments)
+        self.guest.more(20)
+        if slow:
+            # It may have ended.
+            self.daemon.ask('block-job-set-speed', device='job', speed=0)
+        while not self.daemon.finish('job'):
+            self.guest.more(10)
+            ready()
+        self.guest.more(10)
+
+    # What happens to the chain.
+
+    def snapshot(self):
+        """A new top."""
+        name, path = self.name('s')
+        below = self.layers[-1][0]
+        if self.rng.random() < 0.5:
+            self.empty(path, below)
+            self.add(name, path, None)
+            self.daemon.command('blockdev-snapshot', node=self.top, overlay=name)
+        else:
+            self.daemon.command('blockdev-snapshot-sync', node_name=self.top, snapshot_file=path,
+                                snapshot_node_name=name, format=self.soak.args.driver)
+        self.layers.append((path, name))
+        self.guest.more(5)
+
+    def stream(self):
+        """The lower half becomes one layer."""
+        middle = len(self.layers) // 2
+        if middle < 1:
+            return
+        self.job('block-stream', device=self.layers[middle][1])
+        gone, self.layers = self.layers[:middle], self.layers[middle:]
+        self.gone(gone)
+
+    def commit(self):
+        """A tenth of the layers, in the middle, go to the one below them."""
+        count = max(1, self.soak.args.layers // 10)
+        if len(self.layers) < count + 4:
+            return
+        base = self.rng.randrange(0, len(self.layers) - count - 2)
+        top = base + count
+        self.job('block-commit', device=self.top, top_node=self.layers[top][1], base_node=self.layers[base][1])
+        gone = self.layers[base + 1:top + 1]
+        del self.layers[base + 1:top + 1]
+        self.gone(gone)
+
+    def active(self):
+        """The uppermost layers go to the one below them."""
+        count = max(1, min(self.soak.args.layers // 20, len(self.layers) - 1))
+        if len(self.layers) < 2:
+            return
+        base = len(self.layers) - 1 - count
+        self.job('block-commit', device=self.top, base_node=self.layers[base][1], ready=self.complete)
+        gone = self.layers[base + 1:]
+        del self.layers[base + 1:]
+        self.gone(gone)
+
+    def mirror(self):
+        """The top goes to another image on the same layers."""
+        if len(self.layers) < 2:
+            return
+        name, path = self.name('m')
+        below = self.layers[-2]
+        self.empty(path, below[0])
+        self.add(name, path, below[1])
+        self.job('blockdev-mirror', device=self.top, target=name, sync='top', ready=self.complete)
+        gone = [self.layers.pop()]
+        self.layers.append((path, name))
+        self.gone(gone)
+
+    def copy(self):
+        """The whole disk goes to an image of its own, which has to be what the guest has at the end."""
+        name, path = self.name('c')
+        self.empty(path, None)
+        self.add(name, path, None)
+        self.job('blockdev-mirror', device=self.top, target=name, sync='full', ready=self.freeze)
+        self.daemon.command('blockdev-del', node_name=name)
+        self.soak.compare(self.soak.args.stock, 'qcow2', path, self.frozen)
+        os.unlink(path)
+
+    def complete(self):
+        """Lets a job that is ready end, with the target in use."""
+        self.daemon.command('block-job-complete', device='job')
+
+    def freeze(self):
+        """Lets a mirror end as a copy of a moment."""
+        with self.guest.paused():
+            self.daemon.command('block-job-cancel', device='job')
+            self.frozen = bytes(self.guest.disk.content)
+            event = self.daemon.event('BLOCK_JOB_COMPLETED')
+            self.daemon.events.append(event)
+
+    def verify(self):
+        """All of the disk, while nobody else uses it."""
+        with self.guest.paused():
+            client = nbd.Client(self.soak.sock, 'disk')
+            for at in range(0, self.guest.disk.size, 1 << 20):
+                self.guest.disk.check(at, min(1 << 20, self.guest.disk.size - at), client.read)
+            client.close()
+
+
+def make(soak, directory, seed):
+    """Builds a chain; returns the path of the top, and the disk's content."""
+    flat = os.path.join(directory, 'flat')
+    args = soak.args
+    command = [os.path.join(soak.root, 'tools', 'make-chain.py'), directory, '--layers', args.layers,
+               '--disk', soak.size, '--cluster-size', soak.cluster, '--data-per-layer', 4 * soak.cluster,
+               '--zeroes-per-layer', soak.cluster, '--place', 'deal', '--seed', seed, '--flat', flat]
+    top = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    with open(flat, 'rb') as file:
+        content = file.read()
+    os.unlink(flat)
+    return top, model.Disk(content)
