@@ -14,27 +14,32 @@ from sides import Crash, Probe, Row, node, turns
 class Bench:
     """The sides, the chains, and how long to measure."""
 
-    def __init__(self, sides, chains, rounds, quick, say):
+    def __init__(self, sides, chains, rounds, quick, figures, say):
         self.stock, self.inserted, self.ours = sides
         self.chains, self.rounds, self.quick, self.say = chains, rounds, quick, say
+        self.figures = figures
         self.ms = 150 if quick else 300
+        # The first depth that a side crashes at.
+        self.crashes = {}
         # For what takes seconds each time.
         self.few = 2 if quick else 3
 
     def full_tables(self):
         return self.chains.full_tables(100 if self.quick else 300, 16 * GIB)
 
-    def reads(self, probes, offsets, which=0, queue_depth=1, threads=None):
-        """Probes by name take turns; `which` 0: the clock, 1: CPU time. The
-        first turn of each is not counted."""
+    def reads(self, probes, offsets, queue_depth=1, threads=None):
+        """Probes by name take turns. Returns the microseconds for each request
+        by the clock, and of CPU time. The first turn of each does not count."""
         def reader(name):
             return lambda: probes[name].read(
                 offsets[name] if isinstance(offsets, dict) else offsets,
-                self.ms, queue_depth, threads[name] if threads else 0)[which]
+                self.ms, queue_depth, threads[name] if threads else 0)
 
         measures = {name: reader(name) for name in probes}
         turns(measures, 1)
-        return turns(measures, self.rounds)
+        samples = turns(measures, self.rounds)
+        return [{name: [both[which] for both in found] for name, found in samples.items()}
+                for which in (0, 1)]
 
 
 def read_depth(bench):
@@ -47,12 +52,14 @@ def read_depth(bench):
             probe.warm(chain.warm)
         data = {chain: chain.data for chain in probes}
         holes = {chain: chain.holes for chain in probes}
-        samples = bench.reads(probes, data)
+        clock, cpu = bench.reads(probes, data)
         yield Row('4 KiB random read: depth 1000 against depth 1', 'us',
-                  samples[deep], samples[one], least=0.95, speed=True)
-        samples = bench.reads(probes, holes, which=1)
+                  clock[deep], clock[one], least=0.95, speed=True)
+        yield Row('4 KiB random read, CPU time: depth 1000 against depth 1', 'us',
+                  cpu[deep], cpu[one])
+        _, cpu = bench.reads(probes, holes)
         yield Row('hole, CPU time: depth 1000 against depth 1', 'us',
-                  samples[deep], samples[one], most=1.1)
+                  cpu[deep], cpu[one], most=1.1)
 
 
 def read_raw(bench):
@@ -62,9 +69,9 @@ def read_raw(bench):
         with bench.ours.probe(chain.top) as ours, bench.ours.raw(chain.flat) as raw:
             ours.warm(chain.warm)
             raw.warm(chain.warm)
-            samples = bench.reads({'ours': ours, 'raw': raw}, chain.data, queue_depth=32)
+            clock, _ = bench.reads({'ours': ours, 'raw': raw}, chain.data, queue_depth=32)
         yield Row(f'4 KiB random read, QD 32: depth {depth} against a raw file', 'us',
-                  samples['ours'], samples['raw'], least=0.90, speed=True)
+                  clock['ours'], clock['raw'], least=0.90, speed=True)
 
 
 def read_stock(bench):
@@ -75,24 +82,41 @@ def read_stock(bench):
         probes = {side: stack.enter_context(side.probe(chain.top)) for side in sides}
         for probe in probes.values():
             probe.warm(chain.warm)
-        samples = bench.reads(probes, chain.data)
+        clock, _ = bench.reads(probes, chain.data)
     yield Row('4 KiB random read, depth 500: rqcow2 against unpatched', 'us',
-              samples[bench.ours], samples[bench.stock], least=30, speed=True)
+              clock[bench.ours], clock[bench.stock], least=30, speed=True)
     yield Row('4 KiB random read, depth 500: rqcow2 against unpatched + is_inserted', 'us',
-              samples[bench.ours], samples[bench.inserted], speed=True)
+              clock[bench.ours], clock[bench.inserted], speed=True)
+
+
+def reads_hole(bench, side, chain, layer):
+    """How a read of a hole through the layers up to this one ends."""
+    bench.say(f'{side.name}: a hole through {layer + 1} layers')
+    try:
+        with side.probe(chain.layer(layer)) as probe:
+            probe.warm(chain.first)
+            return 'works'
+    except Crash as reason:
+        return str(reason)
 
 
 def crash(bench):
-    """One read of a hole at depth 1000 in unpatched QEMU."""
+    """A read through 1000 layers, and how many layers the others can read through."""
     chain = bench.chains.spread(1000)
     for side in (bench.ours, bench.inserted, bench.stock):
-        try:
-            with side.probe(chain.top) as probe:
-                probe.warm(chain.warm)
-                end = 'works'
-        except Crash as reason:
-            end = str(reason)
-        yield Row(f'hole read, depth 1000: {side.name}', '', end, '')
+        end = reads_hole(bench, side, chain, chain.depth - 1)
+        yield Row(f'hole read, depth {chain.depth}: {side.name}', '', end, '')
+        if end == 'works' or bench.quick:
+            continue
+        works, fails = 1, chain.depth
+        while fails - works > 1:
+            middle = (works + fails) // 2
+            if reads_hole(bench, side, chain, middle - 1) == 'works':
+                works = middle
+            else:
+                fails = middle
+        bench.crashes[side] = fails
+        yield Row(f'the first depth that crashes: {side.name}', '', str(fails), '')
 
 
 def threads(bench):
@@ -109,9 +133,9 @@ def threads(bench):
              chain.data, {'least': 1.7})):
         with Probe(bench.ours, options) as probe:
             probe.warm(chain.warm)
-            samples = bench.reads({1: probe, 2: probe}, offsets, queue_depth=8,
-                                  threads={1: 1, 2: 2})
-        yield Row(f'two I/O threads against one, {what}', 'us', samples[2], samples[1],
+            clock, _ = bench.reads({1: probe, 2: probe}, offsets, queue_depth=8,
+                                   threads={1: 1, 2: 2})
+        yield Row(f'two I/O threads against one, {what}', 'us', clock[2], clock[1],
                   speed=True, **most)
 
 

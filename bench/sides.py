@@ -32,11 +32,11 @@ class Side:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               **options).stdout
 
-    def probe(self, image, **options):
-        return Probe(self, node(self.driver, image, **options))
+    def probe(self, image, patience=None):
+        return Probe(self, node(self.driver, image), patience)
 
-    def raw(self, image, **options):
-        return Probe(self, node('raw', image, **options))
+    def raw(self, image):
+        return Probe(self, node('raw', image))
 
 
 def node(driver, image, aio='threads'):
