@@ -139,6 +139,8 @@ const CHECKED: &[&str] = &[
     "BlockDriverState",
     "BlockLimits",
     "BlockMeasureInfo",
+    "BlockStatsSpecific",
+    "BlockStatsSpecificRqcow2",
     "BlockdevCreateOptions",
     "BlockdevCreateOptionsQcow2",
     "CoMutex",
@@ -148,6 +150,7 @@ const CHECKED: &[&str] = &[
     "QDictRenames",
     "QEMUIOVector",
     "QEMUSnapshotInfo",
+    "uint64List",
 ];
 
 fn main() {

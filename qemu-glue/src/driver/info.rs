@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_int};
 use std::ptr;
 
+use rust_qcow2::chain::stats::ChainStatistics;
 use rust_qcow2::format::header::CompressionType;
 use rust_qcow2::image::ImageInfo;
 
@@ -84,6 +85,46 @@ fn kind(name: &CStr) -> sys::ImageInfoSpecificKind {
 unsafe fn zeroed<T>() -> *mut T {
     // SAFETY: g_malloc0() aborts rather than return null.
     unsafe { sys::g_malloc0(size_of::<T>() as sys::gsize).cast() }
+}
+
+/// What the driver counts, for `query-blockstats`.
+pub(super) unsafe extern "C" fn get_specific_stats(
+    bs: *mut sys::BlockDriverState,
+) -> *mut sys::BlockStatsSpecific {
+    contain("get_specific_stats", ptr::null_mut(), || {
+        // SAFETY: a callback of the driver for `bs`, under the graph lock.
+        let Some(node) = (unsafe { Node::of(bs) }) else {
+            return ptr::null_mut();
+        };
+        specific_stats(&node.image().chain_statistics())
+    })
+}
+
+fn specific_stats(statistics: &ChainStatistics) -> *mut sys::BlockStatsSpecific {
+    // SAFETY: zeroes are valid for C structures; what is filled in is owned by
+    // them. The structure of a branch is part of the union.
+    unsafe {
+        let result = zeroed::<sys::BlockStatsSpecific>();
+        (*result).driver = sys::BLOCKDEV_DRIVER_RQCOW2;
+        let data = &raw mut (*result).u.rqcow2;
+        (*data).layers = statistics.layers;
+        (*data).index_bytes = statistics.index_bytes;
+        (*data).cache_bytes = statistics.cache_bytes;
+        (*data).cache_limit = statistics.cache_limit;
+        (*data).hits = statistics.hits;
+        (*data).misses = statistics.misses;
+        (*data).merged_slices = statistics.merged_slices;
+        (*data).table_reads = statistics.table_reads;
+        (*data).zero_reads = statistics.zero_reads;
+        (*data).below_reads = statistics.below_reads;
+        for count in statistics.reads_by_depth.iter().rev() {
+            let element = zeroed::<sys::uint64List>();
+            (*element).value = *count;
+            (*element).next = (*data).reads_by_depth;
+            (*data).reads_by_depth = element;
+        }
+        result
+    }
 }
 
 fn specific_info(

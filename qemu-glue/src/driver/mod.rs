@@ -144,6 +144,7 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_has_zero_init: Some(info::has_zero_init),
         bdrv_co_get_info: Some(info::get_info),
         bdrv_get_specific_info: Some(info::get_specific_info),
+        bdrv_get_specific_stats: Some(info::get_specific_stats),
 
         bdrv_snapshot_create: Some(unserved::snapshot_create),
         bdrv_snapshot_goto: Some(unserved::snapshot_goto),

@@ -63,6 +63,9 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
         let lazy_ends = image.options().lazy_refcounts && !options.lazy_refcounts;
         coroutine::run(bs, || {
             node.serve(Access::Write, |image| {
+                if flags.writable {
+                    image.prepare_writing()?;
+                }
                 if !flags.writable || lazy_ends {
                     image.inactivate()
                 } else {

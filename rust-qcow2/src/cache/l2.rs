@@ -2,16 +2,18 @@
 //!
 //! A slice is looked up under a short lock and then read without any: its
 //! entries are atomics. Only the holder of the image's metadata lock changes
-//! entries, inserts slices and removes them. A reader that still holds a slice
+//! entries and inserts slices. He also removes them; others do only with those
+//! that are clean and that nobody holds. A reader that still holds a slice
 //! which was evicted meanwhile sees it as it was at its lookup, which is as if
 //! the lookup had happened before the eviction.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 
+use super::pool::{Member, Pool};
 use crate::format::entry::L2Entry;
 use crate::units::HostOffset;
 
@@ -94,6 +96,9 @@ pub struct L2Cache {
 }
 
 struct Inner {
+    /// Where the memory of the slices is counted.
+    pool: Arc<Pool>,
+    slice_size: usize,
     map: FxHashMap<u64, usize>,
     slots: Vec<Arc<L2Slice>>,
     /// Slices that may be dirty, each once.
@@ -111,20 +116,47 @@ pub enum Room {
 }
 
 impl L2Cache {
-    /// A cache for `capacity` slices of `slice_size` bytes. Memory is taken as
-    /// slices come in.
+    /// A cache for `capacity` slices of `slice_size` bytes, which are counted in
+    /// `pool`. Memory is taken as slices come in.
     #[must_use]
-    pub fn new(capacity: usize, slice_size: usize) -> Self {
-        Self {
+    pub fn new(capacity: usize, slice_size: usize, pool: Arc<Pool>) -> Arc<Self> {
+        let cache = Arc::new(Self {
             slice_size: AtomicUsize::new(slice_size),
             inner: Mutex::new(Inner {
+                pool: Arc::clone(&pool),
+                slice_size,
                 map: FxHashMap::default(),
                 slots: Vec::new(),
                 dirty: Vec::new(),
                 hand: 0,
                 capacity: capacity.max(2),
             }),
+        });
+        let member: Weak<Self> = Arc::downgrade(&cache);
+        pool.join(member);
+        cache
+    }
+
+    /// Counts the slices in another pool from now on.
+    pub fn move_to(self: &Arc<Self>, pool: &Arc<Pool>) {
+        {
+            let mut inner = self.inner.lock();
+            if Arc::ptr_eq(&inner.pool, pool) {
+                return;
+            }
+            let bytes = inner.slots.len() * inner.slice_size;
+            inner.pool.give(bytes);
+            inner.pool = Arc::clone(pool);
+            pool.take(bytes);
         }
+        let member: Weak<Self> = Arc::downgrade(self);
+        pool.join(member);
+    }
+
+    /// The pool in which the slices are counted.
+    #[must_use]
+    pub fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.inner.lock().pool)
     }
 
     /// Bytes of a slice.
@@ -184,11 +216,16 @@ impl L2Cache {
     /// Adds a slice. One that is already here under that offset is replaced.
     pub fn insert(&self, slice: L2Slice) -> Arc<L2Slice> {
         let slice = Arc::new(slice);
-        let mut inner = self.inner.lock();
-        inner.remove(slice.offset);
-        let slot = inner.slots.len();
-        inner.map.insert(slice.offset.0, slot);
-        inner.slots.push(Arc::clone(&slice));
+        let pool = {
+            let mut inner = self.inner.lock();
+            inner.remove(slice.offset);
+            let slot = inner.slots.len();
+            inner.map.insert(slice.offset.0, slot);
+            inner.slots.push(Arc::clone(&slice));
+            inner.pool.take(inner.slice_size);
+            Arc::clone(&inner.pool)
+        };
+        pool.trim();
         slice
     }
 
@@ -241,10 +278,8 @@ impl L2Cache {
     /// Forgets everything, dirty or not.
     pub fn clear(&self) {
         let mut inner = self.inner.lock();
-        inner.map.clear();
-        inner.slots.clear();
+        inner.clear();
         inner.dirty.clear();
-        inner.hand = 0;
     }
 
     /// Changes the number of slices. What is too much goes with the next ones
@@ -261,10 +296,9 @@ impl L2Cache {
         inner.capacity = capacity.max(2);
         let before = self.slice_size.swap(slice_size, Ordering::Relaxed);
         if before != slice_size || inner.slots.len() > inner.capacity {
-            inner.map.clear();
-            inner.slots.clear();
-            inner.hand = 0;
+            inner.clear();
         }
+        inner.slice_size = slice_size;
     }
 
     /// Drops clean slices that were not looked up since the last call.
@@ -283,7 +317,42 @@ impl L2Cache {
     }
 }
 
+impl Member for L2Cache {
+    /// Gives back a slice that nobody holds: who is about to change an entry
+    /// holds its slice.
+    fn evict(&self) -> bool {
+        let mut inner = self.inner.lock();
+        for _ in 0..inner.slots.len() {
+            let hand = inner.hand % inner.slots.len();
+            inner.hand = hand + 1;
+            let slice = &inner.slots[hand];
+            if slice.used.swap(false, Ordering::Relaxed) {
+                return false;
+            }
+            if !slice.is_dirty() && Arc::strong_count(slice) == 1 {
+                inner.remove_slot(hand);
+                inner.hand = hand;
+                return true;
+            }
+        }
+        false
+    }
+}
+
+impl Drop for L2Cache {
+    fn drop(&mut self) {
+        self.inner.get_mut().clear();
+    }
+}
+
 impl Inner {
+    fn clear(&mut self) {
+        self.pool.give(self.slots.len() * self.slice_size);
+        self.map.clear();
+        self.slots.clear();
+        self.hand = 0;
+    }
+
     fn remove(&mut self, offset: HostOffset) {
         if let Some(slot) = self.map.get(&offset.0) {
             let slot = *slot;
@@ -293,6 +362,7 @@ impl Inner {
 
     fn remove_slot(&mut self, slot: usize) {
         let slice = self.slots.swap_remove(slot);
+        self.pool.give(self.slice_size);
         self.map.remove(&slice.offset.0);
         if slice.is_dirty() {
             slice.dirty.store(false, Ordering::Relaxed);
@@ -314,7 +384,7 @@ mod tests {
 
     #[test]
     fn looked_up_slices_survive_a_scan() {
-        let cache = L2Cache::new(4, 4096);
+        let cache = L2Cache::new(4, 4096, Pool::new(1 << 20));
         cache.insert(slice(0));
         for i in 1..100 {
             assert!(cache.get(HostOffset(0)).is_some());
@@ -326,7 +396,7 @@ mod tests {
 
     #[test]
     fn dirty_slices_are_handed_out_for_writing() {
-        let cache = L2Cache::new(2, 4096);
+        let cache = L2Cache::new(2, 4096, Pool::new(1 << 20));
         for i in 0..2 {
             let slice = cache.insert(slice(i * 4096));
             cache.set(&slice, 3, L2Entry::ZERO_PLAIN);
@@ -345,7 +415,7 @@ mod tests {
 
     #[test]
     fn cleaning_keeps_what_was_used() {
-        let cache = L2Cache::new(8, 4096);
+        let cache = L2Cache::new(8, 4096, Pool::new(1 << 20));
         cache.insert(slice(0));
         cache.insert(slice(4096));
         cache.clean();
@@ -357,7 +427,7 @@ mod tests {
 
     #[test]
     fn discard_forgets_dirty_slices() {
-        let cache = L2Cache::new(8, 4096);
+        let cache = L2Cache::new(8, 4096, Pool::new(1 << 20));
         for i in 0..4 {
             let slice = cache.insert(slice(i * 4096));
             cache.mark_dirty(&slice);

@@ -22,12 +22,13 @@
 //! spoils the fills under way in its range, and what they have is not used.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use arc_swap::{ArcSwapOption, Guard};
 use parking_lot::Mutex;
 
 use super::entry::Entry;
+use crate::cache::pool::{Member, Pool};
 use crate::host::Host;
 use crate::units::{GuestOffset, div_up};
 
@@ -39,8 +40,8 @@ pub(super) const SLICE_ENTRIES: usize = 1 << SLICE_BITS;
 pub(crate) const SLICE_BYTES: usize = SLICE_ENTRIES * 8 + 64;
 /// log2 of the slots in a page of the slice table.
 const PAGE_BITS: u32 = 9;
-/// An index has room for this many slices, however small its budget.
-const MIN_SLICES: usize = 32;
+/// An index keeps this many slices, however little memory there is.
+const MIN_SLICES: usize = 16;
 
 /// 512 entries that follow each other.
 pub(super) struct Slice {
@@ -116,8 +117,9 @@ pub(super) struct Counters {
 }
 
 struct Control {
-    capacity: usize,
-    /// Slots that have a slice, each once; some may have lost theirs.
+    /// Where the memory of the slices is counted.
+    pool: Arc<Pool>,
+    /// All slots that have a slice, and some that have lost theirs.
     clock: Vec<u64>,
     hand: usize,
     fills: Vec<Fill>,
@@ -132,18 +134,18 @@ struct Fill {
 }
 
 impl<H: Host> Index<H> {
-    /// An empty index for `end` bytes, one entry for `1 << bits` of them, that
-    /// keeps up to `capacity` slices.
-    pub(super) fn new(bits: u32, end: u64, capacity: usize) -> Self {
+    /// An empty index for `end` bytes, one entry for `1 << bits` of them, whose
+    /// slices are counted in `pool`.
+    pub(super) fn new(bits: u32, end: u64, pool: &Arc<Pool>) -> Arc<Self> {
         let slots = div_up(end, 1 << (bits + SLICE_BITS));
         let pages = div_up(slots, 1 << PAGE_BITS);
-        Self {
+        let index = Arc::new(Self {
             bits,
             end,
             pages: (0..pages).map(|_| OnceLock::new()).collect(),
             dead: AtomicBool::new(false),
             control: Mutex::new(Control {
-                capacity: capacity.max(MIN_SLICES),
+                pool: Arc::clone(pool),
                 clock: Vec::new(),
                 hand: 0,
                 fills: Vec::new(),
@@ -151,7 +153,31 @@ impl<H: Host> Index<H> {
             gate: lock_api::Mutex::new(()),
             filled: H::WaitQueue::default(),
             counters: Counters::default(),
+        });
+        let member: Weak<Self> = Arc::downgrade(&index);
+        pool.join(member);
+        index
+    }
+
+    /// Counts the slices in another pool from now on.
+    pub(super) fn move_to(self: &Arc<Self>, pool: &Arc<Pool>) {
+        {
+            let mut control = self.control.lock();
+            if Arc::ptr_eq(&control.pool, pool) {
+                return;
+            }
+            let bytes = self.slices() * SLICE_BYTES;
+            control.pool.give(bytes);
+            control.pool = Arc::clone(pool);
+            pool.take(bytes);
         }
+        let member: Weak<Self> = Arc::downgrade(self);
+        pool.join(member);
+    }
+
+    /// Number of slices that are filled.
+    pub(super) fn slices(&self) -> usize {
+        self.counters.slices.load(Ordering::Relaxed)
     }
 
     /// log2 of the guest bytes per entry.
@@ -243,18 +269,19 @@ impl<H: Host> Index<H> {
             let base = (page as u64) << PAGE_BITS;
             for (slot, number) in slots.iter().zip(base..) {
                 if (first..=last).contains(&number) {
-                    self.empty_slot(slot);
+                    self.empty_slot(slot, &control.pool);
                 }
             }
         }
     }
 
     /// Takes the slice out of a slot; the caller holds the lock.
-    fn empty_slot(&self, slot: &Slot) {
+    fn empty_slot(&self, slot: &Slot, pool: &Pool) {
         if slot.load().is_some() {
             if let Some(slice) = slot.swap(None) {
                 slice.retire();
                 self.counters.slices.fetch_sub(1, Ordering::Relaxed);
+                pool.give(SLICE_BYTES);
             }
         }
     }
@@ -291,48 +318,40 @@ impl<H: Host> Index<H> {
             let Some(slot) = self.slot_for_change(number) else {
                 continue;
             };
-            let known = slot.load().is_some();
-            if !known {
-                self.make_room(&mut control);
-                control.clock.push(number);
-                self.counters.slices.fetch_add(1, Ordering::Relaxed);
-            }
-            if let Some(old) = slot.swap(Some(Arc::new(slice))) {
-                old.retire();
+            match slot.swap(Some(Arc::new(slice))) {
+                Some(old) => old.retire(),
+                None => {
+                    control.clock.push(number);
+                    self.counters.slices.fetch_add(1, Ordering::Relaxed);
+                    control.pool.take(SLICE_BYTES);
+                }
             }
         }
+        self.tidy(&mut control);
+        let pool = Arc::clone(&control.pool);
+        drop(control);
+        pool.trim();
         true
     }
 
-    /// Makes room for one more slice, by the clock algorithm.
-    fn make_room(&self, control: &mut Control) {
-        while control.clock.len() >= control.capacity {
-            let hand = control.hand % control.clock.len();
-            if let Some(slot) = self.slot(control.clock[hand]) {
-                let slice = slot.load_full();
-                if slice.is_some_and(|slice| slice.used.swap(false, Ordering::Relaxed)) {
-                    control.hand = hand + 1;
-                    continue;
-                }
-                self.empty_slot(slot);
-            }
-            control.clock.swap_remove(hand);
-            control.hand = hand;
+    /// Takes slots out of the clock that are empty or in it twice, once there
+    /// are many of them.
+    fn tidy(&self, control: &mut Control) {
+        if control.clock.len() <= 2 * self.slices() + 64 {
+            return;
         }
-    }
-
-    /// Changes how many slices are kept.
-    pub(crate) fn set_capacity(&self, capacity: usize) {
-        let mut control = self.control.lock();
-        control.capacity = capacity.max(MIN_SLICES);
-        if control.clock.len() >= control.capacity {
-            self.make_room(&mut control);
-        }
+        control.clock.sort_unstable();
+        control.clock.dedup();
+        control
+            .clock
+            .retain(|number| self.slot(*number).is_some_and(|slot| slot.load().is_some()));
+        control.hand = 0;
     }
 
     /// Drops slices that were not looked at since the last call.
     pub(crate) fn clean(&self) {
         let mut control = self.control.lock();
+        let pool = Arc::clone(&control.pool);
         control.clock.retain(|number| {
             let Some(slot) = self.slot(*number) else {
                 return false;
@@ -344,7 +363,7 @@ impl<H: Host> Index<H> {
                 slice.used.store(false, Ordering::Relaxed);
                 return true;
             }
-            self.empty_slot(slot);
+            self.empty_slot(slot, &pool);
             false
         });
         control.hand = 0;
@@ -353,8 +372,45 @@ impl<H: Host> Index<H> {
     /// Bytes of memory in use.
     pub(crate) fn memory(&self) -> usize {
         let pages = self.pages.iter().filter(|page| page.get().is_some());
-        self.counters.slices.load(Ordering::Relaxed) * SLICE_BYTES
+        self.slices() * SLICE_BYTES
             + pages.count() * (size_of::<Slot>() << PAGE_BITS)
             + self.pages.len() * size_of::<OnceLock<Page>>()
+    }
+}
+
+impl<H: Host> Member for Index<H> {
+    /// Gives back a slice by the clock algorithm.
+    fn evict(&self) -> bool {
+        let mut control = self.control.lock();
+        while control.clock.len() > MIN_SLICES {
+            let hand = control.hand % control.clock.len();
+            control.hand = hand + 1;
+            let slot = self.slot(control.clock[hand]);
+            let slice = slot.and_then(ArcSwapOption::load_full);
+            match (slot, slice) {
+                (Some(slot), Some(slice)) => {
+                    if slice.used.swap(false, Ordering::Relaxed) {
+                        return false;
+                    }
+                    self.empty_slot(slot, &control.pool);
+                    control.clock.swap_remove(hand);
+                    control.hand = hand;
+                    return true;
+                }
+                // It was dropped when a layer changed.
+                _ => {
+                    control.clock.swap_remove(hand);
+                    control.hand = hand;
+                }
+            }
+        }
+        false
+    }
+}
+
+impl<H: Host> Drop for Index<H> {
+    fn drop(&mut self) {
+        let bytes = self.slices() * SLICE_BYTES;
+        self.control.get_mut().pool.give(bytes);
     }
 }

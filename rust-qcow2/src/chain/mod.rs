@@ -7,7 +7,7 @@
 //! `walk` is how a request finds its bytes: by the image's own tables, then by
 //! the index, and only in rare cases (compressed clusters, layers that change
 //! faster than they can be indexed) by a loop over the layers. `status` tells
-//! which layer a question about some bytes has to go to. Nothing in here
+//! which layer a question about some bytes has to go to, `stats` counts. Nothing in here
 //! recurses over layers.
 //!
 //! Section 3 of the design document has the idea; what keeps the index true
@@ -16,8 +16,7 @@
 mod entry;
 mod fill;
 pub(crate) mod index;
+pub mod stats;
 pub mod status;
 pub(crate) mod view;
 pub(crate) mod walk;
-
-pub(crate) use index::SLICE_BYTES;

@@ -9,6 +9,8 @@ use rustc_hash::FxHashMap;
 
 use super::entry::MAX_LAYERS;
 use super::index::Index;
+use super::stats::ReadCounters;
+use crate::cache::pool::Pool;
 use crate::host::Host;
 use crate::image::Image;
 
@@ -57,6 +59,7 @@ impl<H: Host> View<H> {
 /// The links of an image to the chain it is part of.
 pub(crate) struct Links<H: Host> {
     view: ArcSwap<View<H>>,
+    reads: ReadCounters,
     /// Held while the view is made.
     making: Mutex<()>,
     /// Indexes that say something about this image.
@@ -69,6 +72,7 @@ impl<H: Host> Default for Links<H> {
     fn default() -> Self {
         Self {
             view: ArcSwap::new(View::unknown()),
+            reads: ReadCounters::default(),
             making: Mutex::new(()),
             watchers: RwLock::default(),
             watched: AtomicBool::new(false),
@@ -84,6 +88,12 @@ impl<H: Host> Links<H> {
         });
         watchers.push(Arc::downgrade(index));
         self.watched.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether an image above has looked this one up.
+    pub(crate) fn is_watched(&self) -> bool {
+        let watchers = self.watchers.read();
+        watchers.iter().any(|index| index.strong_count() > 0)
     }
 
     fn for_watchers(&self, f: impl Fn(&Index<H>)) {
@@ -111,6 +121,12 @@ impl<H: Host> Links<H> {
     /// What is known of the layers below, as it was last looked at.
     pub(crate) fn last_view(&self) -> Guard<Arc<View<H>>> {
         self.view.load()
+    }
+
+    /// Where reads have found their data.
+    #[inline]
+    pub(crate) fn reads(&self) -> &ReadCounters {
+        &self.reads
     }
 
     /// Forgets the layers below.
@@ -152,10 +168,14 @@ impl<H: Host> Image<H> {
         layers.reverse();
         let end = layers.last().map_or(0, |layer| layer.size());
         let alive = old.index.as_ref().is_none_or(|index| index.is_alive());
+        let pool = self.pool();
+        for layer in &layers {
+            layer.join_pool(&pool);
+        }
         let index = if old.generation.is_some() && alive && old.has_layers(&layers) {
             old.index.clone()
         } else {
-            self.index_for(&layers, end)
+            self.index_for(&layers, end, &pool)
         };
         links.view.store(Arc::new(View {
             generation: Some(generation),
@@ -168,25 +188,29 @@ impl<H: Host> Image<H> {
 
     /// An index for `layers`: that of the image below, which is put on top of
     /// what it knows, or a new one.
-    fn index_for(&self, layers: &[Arc<Image<H>>], end: u64) -> Option<Arc<Index<H>>> {
+    fn index_for(
+        &self,
+        layers: &[Arc<Image<H>>],
+        end: u64,
+        pool: &Arc<Pool>,
+    ) -> Option<Arc<Index<H>>> {
         let (last, rest) = layers.split_last()?;
         if layers.len() >= MAX_LAYERS {
             return None;
         }
         let bits = layers.iter().map(|layer| layer.geometry().cluster_bits);
         let bits = bits.min()?;
-        let capacity = self.index_capacity();
         let before = last.links().view.load_full();
         if let Some(index) = &before.index {
             let fits = index.bits() == bits && index.end() >= end && index.is_alive();
             if fits && before.has_layers(rest) {
                 last.links().forget_view();
-                index.set_capacity(capacity);
+                index.move_to(pool);
                 last.links().add_watcher(index);
                 return Some(Arc::clone(index));
             }
         }
-        let index = Arc::new(Index::new(bits, end, capacity));
+        let index = Index::new(bits, end, pool);
         for layer in layers {
             layer.links().add_watcher(&index);
         }

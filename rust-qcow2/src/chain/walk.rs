@@ -96,6 +96,10 @@ pub(crate) fn find<H: Host>(
             Mapping::Unallocated => None,
         };
         if let Some(source) = source {
+            match source {
+                Source::Zero => top.links().reads().zero(),
+                _ => top.links().reads().data(0),
+            }
             return Ok(Found { len, source });
         }
     }
@@ -104,25 +108,29 @@ pub(crate) fn find<H: Host>(
 
 /// [`find`] for bytes that are not in the image itself.
 fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<Found<'_, H>> {
+    let reads = top.links().reads();
     loop {
         let view = top.view();
         if view.layers.is_empty() {
-            let source = top.host().backing().map_or(Source::Zero, Source::Below);
+            reads.below();
+            let source = below(top);
             return Ok(Found { len, source });
         }
         if guest.0 >= view.end {
+            reads.zero();
             let source = Source::Zero;
             return Ok(Found { len, source });
         }
         let len = len.min(view.end - guest.0);
         let Some(index) = &view.index else {
-            return walk(&view, view.layers.len(), guest, len);
+            return walk(top, &view, view.layers.len(), guest, len);
         };
         let Some(known) = index.look_up(guest, len, view.layers.len()) else {
             let view = Guard::into_inner(view);
             let Some(index) = &view.index else { continue };
+            reads.miss();
             if !view.fill(index, top, guest)? {
-                return walk(&view, view.layers.len(), guest, len);
+                return walk(top, &view, view.layers.len(), guest, len);
             }
             continue;
         };
@@ -133,11 +141,18 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
                 if !known.is_valid() {
                     continue;
                 }
+                reads.data(view.layers.len() - layer);
                 Source::Layer(held, host)
             }
-            Resolved::Zero(_) => Source::Zero,
-            Resolved::Below => below(&view.layers[0]),
-            Resolved::Ask(layer) => return walk(&view, layer + 1, guest, known.len),
+            Resolved::Zero(_) => {
+                reads.zero();
+                Source::Zero
+            }
+            Resolved::Below => {
+                reads.below();
+                below(&view.layers[0])
+            }
+            Resolved::Ask(layer) => return walk(top, &view, layer + 1, guest, known.len),
         };
         let len = known.len;
         return Ok(Found { len, source });
@@ -200,12 +215,14 @@ impl<H: Host> Index<H> {
 
 /// Finds bytes by asking the lowest `count` layers one after the other.
 fn walk<'a, H: Host>(
+    top: &Image<H>,
     view: &View<H>,
     count: usize,
     guest: GuestOffset,
     mut len: u64,
 ) -> Result<Found<'a, H>> {
-    for layer in view.layers[..count].iter().rev() {
+    let reads = top.links().reads();
+    for (number, layer) in view.layers[..count].iter().enumerate().rev() {
         // A layer that is shorter ends there, whatever is below it.
         let size = layer.size();
         if guest.0 >= size {
@@ -221,13 +238,20 @@ fn walk<'a, H: Host>(
         let run = layer.lookup(guest, len)?;
         len = run.len;
         let source = match run.mapping {
-            Mapping::Normal(host) => Source::Layer(held, host),
-            Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => Source::Zero,
+            Mapping::Normal(host) => {
+                reads.data(view.layers.len() - number);
+                Source::Layer(held, host)
+            }
+            Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => {
+                reads.zero();
+                Source::Zero
+            }
             Mapping::Compressed => return Err(compressed_clusters()),
             Mapping::Unallocated => continue,
         };
         return Ok(Found { len, source });
     }
+    reads.below();
     let source = below(&view.layers[0]);
     Ok(Found { len, source })
 }

@@ -38,8 +38,8 @@ mod write;
 mod writeback;
 mod zero;
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use lock_api::{Mutex, MutexGuard};
 use parking_lot::RwLock;
@@ -75,7 +75,7 @@ pub struct Image<H: Host> {
     /// The L1 table in use.
     l1: L1Table,
     /// Slices of L2 tables.
-    l2: L2Cache,
+    l2: Arc<L2Cache>,
     /// Where metadata is; made when first needed.
     overlap: RwLock<Option<overlap::MetadataMap>>,
     /// Requests that use host offsets they have looked up.
@@ -211,6 +211,18 @@ impl<H: Host> Image<H> {
         }
         self.l2
             .resize(options.caches.l2_slices, options.caches.l2_slice_size);
+        if !flags.writable {
+            // Nobody holds the lock, as no request is in flight.
+            if let Some(mut st) = self.state.try_lock() {
+                self.release_refcounts(&mut st);
+            }
+        }
+        // A chain has the memory of the image on top.
+        if !self.links.is_watched() {
+            let pool = self.l2.pool();
+            pool.set_limit(options.caches.pool);
+            pool.trim();
+        }
     }
 
     /// Fails with `EIO` once the image is known to be unusable.

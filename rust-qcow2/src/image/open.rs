@@ -8,11 +8,12 @@ use parking_lot::RwLock;
 
 use super::inflight::InFlight;
 use super::map::L1Table;
-use super::refcounts::Refcounts;
+use super::refcounts::{Refcounts, read_refcount_table};
 use super::write::PendingAllocations;
 use super::writeback::Order;
 use super::{Image, OpenFlags, OptionRequest, Options, Shared, State, check};
 use crate::cache::l2::L2Cache;
+use crate::cache::pool::Pool;
 use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
@@ -22,7 +23,7 @@ use crate::format::geometry::{
 use crate::format::header::{
     Autoclear, Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH,
 };
-use crate::host::{Event, File, Host};
+use crate::host::{File, Host};
 use crate::units::HostOffset;
 
 /// The encryption method LUKS in the header.
@@ -65,9 +66,12 @@ impl<H: Host> Image<H> {
             .map_err(|error| error.context("Could not read L1 table"))?;
         let options = Options::resolve(&header, flags, request)?;
         let table_entries = u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3);
-        host.event(Event::ReftableLoad);
-        let refcount_table = read_table(&file, header.refcount_table_offset, table_entries)
-            .map_err(|error| error.context("Could not initialize refcount handling"))?;
+        let table_offset = HostOffset(header.refcount_table_offset);
+        let refcount_table = if flags.writable {
+            Some(read_refcount_table(&host, table_offset, table_entries)?)
+        } else {
+            None
+        };
         let extensions = extensions?;
         refuse_unserved(&header, &extensions, flags)?;
         let backing_file = read_backing_name(&file, &header)?;
@@ -78,14 +82,17 @@ impl<H: Host> Image<H> {
             header.autoclear &= KNOWN_AUTOCLEAR;
         }
         let dirty = header.incompatible.contains(Incompatible::DIRTY);
-        let table_offset = HostOffset(header.refcount_table_offset);
         let caches = options.caches;
         let image = Self {
             host,
             geometry,
             size: AtomicU64::new(header.size),
             l1: L1Table::new(l1),
-            l2: L2Cache::new(caches.l2_slices, caches.l2_slice_size),
+            l2: L2Cache::new(
+                caches.l2_slices,
+                caches.l2_slice_size,
+                Pool::new(caches.pool),
+            ),
             overlap: RwLock::new(None),
             inflight: InFlight::default(),
             links: Links::default(),
@@ -262,7 +269,7 @@ fn validate_tables(header: &Header, geometry: &Geometry, flags: OpenFlags) -> Re
     Ok(())
 }
 
-fn read_table<F: File>(file: &F, offset: u64, entries: u64) -> Result<Vec<u64>> {
+pub(super) fn read_table<F: File>(file: &F, offset: u64, entries: u64) -> Result<Vec<u64>> {
     let mut bytes = vec![0; (entries * 8) as usize];
     file.read(offset, &mut bytes)?;
     let mut be = [0; 8];

@@ -75,6 +75,9 @@ pub struct CacheSizes {
     pub l2_slice_size: usize,
     /// Number of refcount blocks.
     pub refcount_blocks: usize,
+    /// Bytes for L2 slices and for the index of the layers below, together
+    /// with the slices that those layers keep themselves.
+    pub pool: usize,
 }
 
 /// Options in force.
@@ -106,7 +109,7 @@ impl Options {
     /// out of range.
     pub fn resolve(header: &Header, flags: OpenFlags, request: &OptionRequest) -> Result<Self> {
         let geometry = Geometry::of(header);
-        let caches = CacheSizes::resolve(&geometry, header.size, request)?;
+        let caches = CacheSizes::resolve(&geometry, header.size, flags.writable, request)?;
         let clean_interval = request
             .cache_clean_interval
             .unwrap_or(DEFAULT_CLEAN_INTERVAL);
@@ -168,7 +171,12 @@ impl CacheSizes {
     /// Shares out the memory as documented in `docs/qcow2-cache.txt`: the L2
     /// cache covers the disk if it can, the refcount cache gets its minimum,
     /// a given total is shared between the two.
-    fn resolve(geometry: &Geometry, disk: u64, request: &OptionRequest) -> Result<Self> {
+    fn resolve(
+        geometry: &Geometry,
+        disk: u64,
+        writable: bool,
+        request: &OptionRequest,
+    ) -> Result<Self> {
         let cluster = geometry.cluster_size();
         // As many L2 tables as the disk can have, in whole clusters.
         let entries = div_up(disk, cluster);
@@ -176,10 +184,11 @@ impl CacheSizes {
         let (l2, refcount) = Self::share(max_l2, MIN_REFCOUNT_BLOCKS * cluster, request)?;
 
         // Where the cache cannot hold all tables, small slices cost less to
-        // load and to evict.
+        // load and to evict. Of a layer that is only read most is read through
+        // the index of the layers above.
         let slice = match request.l2_cache_entry_size {
             Some(size) => size,
-            None if l2 < max_l2 => cluster.min(SMALL_SLICE),
+            None if l2 < max_l2 || !writable => cluster.min(SMALL_SLICE),
             None => cluster,
         };
         let smallest = 1 << MIN_CLUSTER_BITS;
@@ -202,6 +211,13 @@ impl CacheSizes {
             l2_slices: l2_slices.min((max_l2 / slice).max(MIN_L2_SLICES)) as usize,
             l2_slice_size: slice as usize,
             refcount_blocks: refcount_blocks as usize,
+            // The index is not limited by what the tables of this image can
+            // be, as it stands for those of others.
+            pool: match (request.l2_cache_size, request.cache_size) {
+                (None, None) => DEFAULT_L2_CACHE_MAX,
+                (Some(bytes), _) => bytes.max(l2_slices * slice),
+                (None, Some(total)) => total.saturating_sub(refcount).max(l2_slices * slice),
+            } as usize,
         })
     }
 
@@ -257,7 +273,7 @@ mod tests {
 
     fn sizes(disk: u64, request: &OptionRequest) -> Result<(usize, usize, usize)> {
         let geometry = Geometry::new(16, 3, RefcountOrder::BITS_16, 3);
-        CacheSizes::resolve(&geometry, disk, request)
+        CacheSizes::resolve(&geometry, disk, true, request)
             .map(|c| (c.l2_slices, c.l2_slice_size, c.refcount_blocks))
     }
 

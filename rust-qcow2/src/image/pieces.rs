@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Image;
 use super::map::is_bad;
 use crate::cache::l2::L2Slice;
-use crate::chain::SLICE_BYTES;
+use crate::cache::pool::Pool;
 use crate::error::Result;
 use crate::format::entry::{L1Entry, L2Entry};
 use crate::host::{Event, File, Host};
@@ -40,10 +40,14 @@ impl<H: Host> Image<H> {
         is_bad(&self.geometry, entry)
     }
 
-    /// How many slices the index of the layers below may have.
-    pub(crate) fn index_capacity(&self) -> usize {
-        let caches = self.options().caches;
-        caches.l2_slices * caches.l2_slice_size / SLICE_BYTES
+    /// The memory that the image and those below it share.
+    pub(crate) fn pool(&self) -> Arc<Pool> {
+        self.l2.pool()
+    }
+
+    /// Shares the memory of an image above from now on.
+    pub(crate) fn join_pool(&self, pool: &Arc<Pool>) {
+        self.l2.move_to(pool);
     }
 
     /// Reads a part of an L2 table. The table may change or go meanwhile; then

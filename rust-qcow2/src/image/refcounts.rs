@@ -2,6 +2,7 @@
 
 use rustc_hash::FxHashMap;
 
+use super::open::read_table;
 use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
@@ -64,8 +65,22 @@ struct Block<H: Host> {
     used: u64,
 }
 
+/// Reads a refcount table.
+pub(super) fn read_refcount_table<H: Host>(
+    host: &H,
+    offset: HostOffset,
+    entries: u64,
+) -> Result<Vec<u64>> {
+    host.event(Event::ReftableLoad);
+    read_table(&host.file(), offset.0, entries)
+        .map_err(|error| error.context("Could not initialize refcount handling"))
+}
+
 /// The refcount table and the blocks of it that are in memory.
+///
+/// The table of an image that is not written is read when it is first needed.
 pub(super) struct Refcounts<H: Host> {
+    loaded: bool,
     table: Vec<u64>,
     table_offset: HostOffset,
     blocks: FxHashMap<BlockId, Block<H>>,
@@ -78,9 +93,11 @@ pub(super) struct Refcounts<H: Host> {
 }
 
 impl<H: Host> Refcounts<H> {
-    pub(super) fn new(table: Vec<u64>, table_offset: HostOffset) -> Self {
+    /// With the table, or `None` where that is not read yet.
+    pub(super) fn new(table: Option<Vec<u64>>, table_offset: HostOffset) -> Self {
         Self {
-            table,
+            loaded: table.is_some(),
+            table: table.unwrap_or_default(),
             table_offset,
             blocks: FxHashMap::default(),
             clock: 0,
@@ -134,6 +151,14 @@ impl<H: Host> Refcounts<H> {
         }
     }
 
+    /// Forgets the table and all blocks, of which none is dirty.
+    fn unload(&mut self) {
+        self.blocks = FxHashMap::default();
+        self.table = Vec::new();
+        self.loaded = false;
+        self.free_hint = 0;
+    }
+
     /// Forgets all blocks in memory, dirty or not.
     pub(super) fn forget_blocks(&mut self) {
         self.blocks.clear();
@@ -141,6 +166,7 @@ impl<H: Host> Refcounts<H> {
 
     /// Exchanges the table in memory.
     pub(super) fn replace_table(&mut self, table: Vec<u64>, offset: HostOffset) {
+        self.loaded = true;
         self.table = table;
         self.table_offset = offset;
     }
@@ -186,6 +212,38 @@ impl<H: Host> Refcounts<H> {
 }
 
 impl<H: Host> Image<H> {
+    /// Brings the refcount table into memory. To be called before anything
+    /// that looks at refcounts in an image that may be open for reading only.
+    pub(super) fn need_refcounts(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.refcounts.loaded {
+            return Ok(());
+        }
+        let (offset, entries) = {
+            let header = &self.shared.read().header;
+            let clusters = u64::from(header.refcount_table_clusters);
+            let entries = clusters << (self.geometry.cluster_bits - 3);
+            (HostOffset(header.refcount_table_offset), entries)
+        };
+        let table = read_refcount_table(&self.host, offset, entries)?;
+        st.refcounts.replace_table(table, offset);
+        Ok(())
+    }
+
+    /// Gets ready for being written.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn prepare_writing(&self) -> Result<()> {
+        self.need_refcounts(&mut self.lock())
+    }
+
+    /// Drops what is needed for writing only, where the image is not written.
+    pub(super) fn release_refcounts(&self, st: &mut StateGuard<'_, H>) {
+        if !self.is_writable() && st.refcounts.dirty_blocks().is_empty() {
+            st.refcounts.unload();
+        }
+    }
+
     /// The block that has the count of a cluster, and the place in it.
     pub(super) fn block_of(&self, cluster: ClusterIndex) -> (BlockId, usize) {
         let per_block = self.geometry.refcounts_per_block();

@@ -89,14 +89,16 @@ impl<H: Host> Image<H> {
                 let stored = allocated / size;
                 let threshold = (stored * 10 / 9).max(stored + 2);
                 // Where the refcounts cannot be read nothing is known of it.
-                self.counted_clusters_reach(&mut st, threshold)
-                    .unwrap_or(false)
+                let counted = self.counted_clusters_reach(&mut st, threshold);
+                self.release_refcounts(&mut st);
+                counted.unwrap_or(false)
             }
         };
         *self.sparse.get_or_init(|| sparse)
     }
 
     fn counted_clusters_reach(&self, st: &mut StateGuard<'_, H>, threshold: u64) -> Result<bool> {
+        self.need_refcounts(st)?;
         let end = self
             .host
             .file()

@@ -116,6 +116,7 @@ impl<H: Host> Image<H> {
     pub fn check(&self, fix: Fix, out: &mut dyn FnMut(&str)) -> Result<CheckReport> {
         let mut st = self.lock();
         self.ensure_usable()?;
+        self.need_refcounts(&mut st)?;
         if self.is_writable() {
             // From here on the file is the truth.
             self.reclaim(&mut st)?;

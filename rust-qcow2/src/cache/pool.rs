@@ -1,0 +1,156 @@
+//! One amount of memory for all that a chain caches.
+//!
+//! Each image has a cache of L2 slices, and the image on top has the index of
+//! those below. All of them count what they hold in one pool. Whoever takes
+//! more than there is lets the members give something back, in turns, until it
+//! fits again.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+/// Something that holds memory of a pool.
+pub trait Member: Send + Sync {
+    /// Gives back one piece that is not in use and can be had again. Returns
+    /// whether there was one. Pieces that were used lately are spared once.
+    fn evict(&self) -> bool;
+}
+
+/// An amount of memory that is shared.
+pub struct Pool {
+    limit: AtomicUsize,
+    used: AtomicUsize,
+    members: Mutex<Members>,
+}
+
+#[derive(Default)]
+struct Members {
+    list: Vec<Weak<dyn Member>>,
+    hand: usize,
+}
+
+impl Pool {
+    /// A pool of `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            limit: AtomicUsize::new(limit),
+            used: AtomicUsize::new(0),
+            members: Mutex::default(),
+        })
+    }
+
+    /// Bytes that may be in use.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Bytes in use.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Changes the amount; [`Pool::trim`] makes it true.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Adds somebody who can give memory back.
+    pub fn join(&self, member: Weak<dyn Member>) {
+        let mut members = self.members.lock();
+        members.list.retain(|member| member.strong_count() > 0);
+        members.list.push(member);
+    }
+
+    /// Counts memory that a member has taken. May be called under its lock.
+    pub fn take(&self, bytes: usize) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts memory that a member has given back.
+    pub fn give(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Makes members give back what is too much. Called without any lock of a
+    /// member. What is dirty or in use stays.
+    pub fn trim(&self) {
+        if self.used() <= self.limit() {
+            return;
+        }
+        let mut members = self.members.lock();
+        // One round may only take the marks of use away.
+        let mut idle = 0;
+        while self.used() > self.limit() && idle <= 2 * members.list.len() {
+            if members.hand >= members.list.len() {
+                members.hand = 0;
+            }
+            let Some(member) = members.list.get(members.hand).and_then(Weak::upgrade) else {
+                members.hand += 1;
+                idle += 1;
+                continue;
+            };
+            members.hand += 1;
+            if member.evict() {
+                idle = 0;
+            } else {
+                idle += 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::OnceLock;
+
+    struct Holder {
+        pieces: AtomicUsize,
+        pool: OnceLock<Arc<Pool>>,
+    }
+
+    impl Member for Holder {
+        fn evict(&self) -> bool {
+            if self.pieces.load(Ordering::Relaxed) == 0 {
+                return false;
+            }
+            self.pieces.fetch_sub(1, Ordering::Relaxed);
+            self.pool.get().unwrap().give(10);
+            true
+        }
+    }
+
+    #[test]
+    fn all_members_give_in_turns() {
+        let pool = Pool::new(100);
+        let holders: Vec<_> = (0..3)
+            .map(|_| {
+                Arc::new(Holder {
+                    pieces: AtomicUsize::new(5),
+                    pool: OnceLock::from(Arc::clone(&pool)),
+                })
+            })
+            .collect();
+        for holder in &holders {
+            let weak: Weak<Holder> = Arc::downgrade(holder);
+            pool.join(weak);
+            pool.take(50);
+        }
+        pool.trim();
+        assert_eq!(pool.used(), 100);
+        for holder in &holders {
+            assert!(holder.pieces.load(Ordering::Relaxed) >= 3);
+        }
+        pool.set_limit(0);
+        pool.trim();
+        assert_eq!(pool.used(), 0);
+        // Nobody has anything: that ends as well.
+        pool.take(10);
+        pool.trim();
+        assert_eq!(pool.used(), 10);
+    }
+}
