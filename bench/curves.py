@@ -14,7 +14,7 @@ FEW_DEPTHS = (1, 10, 100, 300, 1000)
 # Name, file, title, what the left axis is, how many of the unit of the axis
 # (microseconds, MiB) one of the samples is, and how it is written.
 CURVES = {
-    'read': ('A 4 KiB random read', 'time, queue depth 1, data in the page cache', 1,
+    'read': ('A 4 KiB random read', 'time, queue depth 1, data in the page cache, io_uring', 1,
              svg.duration),
     'open': ('Opening a chain', 'time', 1e6, svg.duration),
     'memory': ('Memory of a process that has a chain open',
@@ -56,7 +56,7 @@ def opened(bench, side, chain, patience, point):
             with side.probe(chain.top, patience) as probe:
                 samples.append(probe.opened)
         probe = None
-        probe = side.probe(chain.top, patience)
+        probe = side.probe(chain.top, patience, bench.aio)
         samples.append(probe.opened)
         point.values['open'] = statistics.median(samples)
         probe.warm(chain.warm)

@@ -13,6 +13,7 @@
  *
  *   open OPTIONS        a -blockdev description in JSON, opened for writing
  *                       as a guest's disk is
+ *   aio MODE            how files are read, for "open": threads or io_uring
  *   offsets FILE        where requests go: 64-bit numbers, host byte order
  *   pass QD             4 KiB reads, each offset once
  *   read MS QD THREADS  4 KiB reads for so many milliseconds, going on in the
@@ -67,6 +68,7 @@ static BlockBackend *blk;
 static uint64_t *offsets;
 static uint64_t n_offsets;
 static uint64_t position;
+static int flags = BDRV_O_RDWR;
 
 static Moment now(void)
 {
@@ -202,7 +204,7 @@ static BlockBackend *open_blk(const char *json)
                                 qobject_from_json(json, &error_fatal));
 
     qdict_flatten(options);
-    return blk_new_open(NULL, NULL, options, BDRV_O_RDWR, &error_fatal);
+    return blk_new_open(NULL, NULL, options, flags, &error_fatal);
 }
 
 static void load_offsets(const char *path)
@@ -309,6 +311,11 @@ static int command(char *line)
 
     if (g_str_equal(words[0], "open")) {
         blk = open_blk(rest);
+    } else if (g_str_equal(words[0], "aio") && n == 2) {
+        if (bdrv_parse_aio(words[1], &flags) < 0) {
+            error_report("not a way to read files: %s", words[1]);
+            exit(1);
+        }
     } else if (g_str_equal(words[0], "offsets")) {
         load_offsets(rest);
     } else if (g_str_equal(words[0], "pass") && n == 2) {

@@ -32,18 +32,30 @@ class Side:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               **options).stdout
 
-    def probe(self, image, patience=None):
-        return Probe(self, node(self.driver, image), patience)
+    def probe(self, image, patience=None, aio='threads'):
+        return Probe(self, node(self.driver, image), patience, aio)
 
     def raw(self, image):
         return Probe(self, node('raw', image))
 
+    def has_io_uring(self, workspace):
+        """Whether the kernel lets it be used."""
+        path = os.path.join(workspace, 'io_uring')
+        with open(path, 'wb') as file:
+            file.truncate(65536)
+        try:
+            self.run('qemu-img', 'bench', '-f', 'raw', '-i', 'io_uring', '-c', '1', path)
+            return True
+        except subprocess.CalledProcessError:
+            return False
+        finally:
+            os.remove(path)
 
-def node(driver, image, aio='threads'):
+
+def node(driver, image):
     """Options of a block node. No locks on the top: several programs have it
     open for writing at a time, and none of them writes."""
-    return {'driver': driver,
-            'file': {'driver': 'file', 'filename': image, 'locking': 'off', 'aio': aio}}
+    return {'driver': driver, 'file': {'driver': 'file', 'filename': image, 'locking': 'off'}}
 
 
 def ended(process, errors=''):
@@ -58,7 +70,7 @@ def ended(process, errors=''):
 class Probe:
     """bench/probe.c, with an image open. The commands are explained there."""
 
-    def __init__(self, side, options=None, patience=None):
+    def __init__(self, side, options=None, patience=None, aio='threads'):
         self.patience = patience
         self.process = subprocess.Popen(  # pylint: disable=consider-using-with
             [side.program('probe')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -67,6 +79,8 @@ class Probe:
         self.opened = None
         if options:
             try:
+                # Not an option of the node: backing files get this one too.
+                self.ask(f'aio {aio}')
                 self.opened = self.ask('open ' + json.dumps(options))['seconds']
             except (Crash, Slow):
                 self.end()
