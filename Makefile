@@ -41,7 +41,7 @@ check:
 iotests:
 	ci/iotests
 
-bench:
+bench: deps
 	bench/build
 	bench/run
 

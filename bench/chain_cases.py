@@ -152,11 +152,11 @@ def cold(bench):
     name = f'{chain.disk // GIB} GiB, {chain.depth} layers, first read of each 32 MiB'
 
     def first_reads(side):
-        with side.probe(chain.top) as probe:
+        with side.probe(chain.top, aio=bench.aio) as probe:
             return probe.warm(chain.slices)
 
     def tables():
-        with Probe(bench.ours) as probe:
+        with Probe(bench.ours, aio=bench.aio) as probe:
             return probe.ask(f'tables {chain.tables}')['seconds']
 
     samples = turns({'ours': lambda: first_reads(bench.ours), 'tables': tables,

@@ -250,7 +250,8 @@ static int read_tables(const char *list)
             blk_unref(file);
             qdict_put_str(options, "driver", "file");
             qdict_put_str(options, "filename", rest);
-            file = blk_new_open(NULL, NULL, options, 0, &error_fatal);
+            file = blk_new_open(NULL, NULL, options, flags & ~BDRV_O_RDWR,
+                                &error_fatal);
             g_free(last);
             last = g_strdup(rest);
         }

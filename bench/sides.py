@@ -77,10 +77,10 @@ class Probe:
             stderr=subprocess.PIPE, text=True, bufsize=1)
         self.offsets = None
         self.opened = None
+        # Not an option of a node: backing files get this one too.
+        self.ask(f'aio {aio}')
         if options:
             try:
-                # Not an option of the node: backing files get this one too.
-                self.ask(f'aio {aio}')
                 self.opened = self.ask('open ' + json.dumps(options))['seconds']
             except (Crash, Slow):
                 self.end()
