@@ -230,7 +230,7 @@ impl Work {
             }
             for (i, entry) in entries.iter_mut().enumerate() {
                 if *entry == Entry::UNDECIDED {
-                    *entry = known.map_or(Entry::pack(Resolved::Below), |known| known.entries[i]);
+                    *entry = known.map_or(Entry::pack(Resolved::Below), |known| known.get(i));
                     *undecided -= 1;
                 }
             }
@@ -302,7 +302,7 @@ impl Work {
     fn finish(self, covers: usize) -> Vec<Slice> {
         self.entries
             .chunks(SLICE_ENTRIES)
-            .map(|entries| Slice::new(covers, entries.into()))
+            .map(|entries| Slice::new(covers, entries))
             .collect()
     }
 }

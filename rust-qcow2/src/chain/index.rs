@@ -2,24 +2,29 @@
 //! image, in two array accesses.
 //!
 //! Entries are kept in slices of 512, which are filled when they are first
-//! needed (`fill`), never change, and are thrown away when a layer changes
-//! something in their range. A slice knows how many layers it covers, counted
+//! needed (`fill`). A slice knows how many layers it covers, counted
 //! from the lowest one. So the index of a chain serves the next longer one:
 //! after a snapshot it moves to the new top, and each slice is completed by
 //! the one layer that it lacks when it is next used.
 //!
 //! # When a layer changes
 //!
-//! A layer that lets a host cluster go first changes its tables, then calls
-//! [`Index::invalidate`], then frees the cluster; and a cluster is not reused
-//! while requests are counted in at the layer (see `image/inflight.rs`). A
-//! reader takes an entry, counts itself in at the layer, and then looks at
-//! [`Slice::is_valid`]: if the slice still is valid the cluster has not been
-//! freed before the reader was counted in, and it will not be reused before
-//! the reader has left. Both sides use sequentially consistent operations.
+//! What layers above have decided stays as it is; all other entries in the
+//! range become "ask this layer", which is true whatever the change is. When
+//! such an entry is next needed, the layers are asked from there on, and the
+//! answer takes its place ([`Index::settle`]).
 //!
-//! A slice is filled from tables that may change meanwhile: an invalidation
-//! spoils the fills under way in its range, and what they have is not used.
+//! A layer that lets a host cluster go first changes its tables, then calls
+//! [`Index::changed`], then frees the cluster; and a cluster is not reused
+//! while requests are counted in at the layer (see `image/inflight.rs`). A
+//! reader takes an entry, counts itself in at the layer, and then looks whether
+//! the slice is in its slot ([`Slice::is_valid`]) and the entry is the same
+//! still: if so the cluster has not been freed before the reader was counted
+//! in, and it will not be reused before the reader has left. Both sides use
+//! sequentially consistent operations.
+//!
+//! A slice is filled from tables that may change meanwhile: a change spoils
+//! the fills under way in its range, and what they have is not used.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -27,7 +32,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use arc_swap::{ArcSwapOption, Guard};
 use parking_lot::Mutex;
 
-use super::entry::Entry;
+use super::entry::{Entry, Resolved};
 use crate::cache::pool::{Member, Pool};
 use crate::host::Host;
 use crate::units::{GuestOffset, div_up};
@@ -52,17 +57,46 @@ pub(super) struct Slice {
     used: AtomicBool,
     /// Looked at since the last cleaning.
     recent: AtomicBool,
-    pub(super) entries: Box<[Entry]>,
+    entries: Box<[AtomicU64]>,
 }
 
 impl Slice {
-    pub(super) fn new(covers: usize, entries: Box<[Entry]>) -> Self {
+    pub(super) fn new(covers: usize, entries: &[Entry]) -> Self {
         Self {
             covers,
+            entries: entries
+                .iter()
+                .map(|entry| AtomicU64::new(entry.0))
+                .collect(),
             valid: AtomicBool::new(true),
             used: AtomicBool::new(true),
             recent: AtomicBool::new(true),
-            entries,
+        }
+    }
+
+    /// An entry.
+    #[inline]
+    pub(super) fn get(&self, at: usize) -> Entry {
+        Entry(self.entries[at].load(Ordering::SeqCst))
+    }
+
+    /// Has `layer` asked for entries from `from` to `to`, where no layer above
+    /// it has decided.
+    fn ask(&self, from: usize, to: usize, layer: usize) {
+        if layer >= self.covers {
+            return;
+        }
+        let asking = Entry::pack(Resolved::Ask(layer));
+        for entry in &self.entries[from..to] {
+            let above = match Entry(entry.load(Ordering::Relaxed)).unpack() {
+                Resolved::Data(other, _) | Resolved::Zero(other) | Resolved::Ask(other) => {
+                    other > layer
+                }
+                Resolved::Below => false,
+            };
+            if !above {
+                entry.store(asking.0, Ordering::SeqCst);
+            }
         }
     }
 
@@ -73,7 +107,7 @@ impl Slice {
     }
 
     /// The slice has left its slot. Called under the lock of the index, so that
-    /// an invalidation that does not find it there knows that it is invalid.
+    /// a change that does not find it there knows that it is not used.
     fn retire(&self) {
         self.valid.store(false, Ordering::SeqCst);
     }
@@ -122,6 +156,8 @@ struct Control {
     /// All slots that have a slice, and some that have lost theirs.
     clock: Vec<u64>,
     hand: usize,
+    /// How often layers have changed.
+    changes: u64,
     fills: Vec<Fill>,
 }
 
@@ -148,6 +184,7 @@ impl<H: Host> Index<H> {
                 pool: Arc::clone(pool),
                 clock: Vec::new(),
                 hand: 0,
+                changes: 0,
                 fills: Vec::new(),
             }),
             gate: lock_api::Mutex::new(()),
@@ -242,35 +279,69 @@ impl<H: Host> Index<H> {
         !self.dead.load(Ordering::SeqCst)
     }
 
-    /// Takes the index out of use, for good.
+    /// Takes the index out of use, for good, and forgets everything.
     pub(crate) fn kill(&self) {
         self.dead.store(true, Ordering::SeqCst);
-        self.invalidate(0, u64::MAX);
+        let mut control = self.control.lock();
+        control.changes += 1;
+        for fill in &mut control.fills {
+            fill.spoiled = true;
+        }
+        for slot in self.pages.iter().filter_map(OnceLock::get).flatten() {
+            self.empty_slot(slot, &control.pool);
+        }
     }
 
-    /// Forgets everything about `len` guest bytes from `start` on: a layer has
-    /// changed what it says of them. Called before host clusters are freed.
-    pub(crate) fn invalidate(&self, start: u64, len: u64) {
+    /// Layer number `layer` has changed what it says of `len` guest bytes from
+    /// `start` on. Called before host clusters are freed.
+    pub(crate) fn changed(&self, layer: usize, start: u64, len: u64) {
         if start >= self.end || len == 0 {
             return;
         }
-        let last = start.saturating_add(len - 1).min(self.end - 1);
-        let shift = self.bits + SLICE_BITS;
-        let (first, last) = (start >> shift, last >> shift);
+        let last = start.saturating_add(len - 1).min(self.end - 1) >> self.bits;
+        let first = start >> self.bits;
+        let (first_slot, last_slot) = (first >> SLICE_BITS, last >> SLICE_BITS);
         let mut control = self.control.lock();
+        control.changes += 1;
         for fill in &mut control.fills {
-            if fill.first <= last && first < fill.first + fill.count {
+            if fill.first <= last_slot && first_slot < fill.first + fill.count {
                 fill.spoiled = true;
             }
         }
-        let pages = (first >> PAGE_BITS) as usize..=(last >> PAGE_BITS) as usize;
-        for (page, slots) in pages.clone().zip(&self.pages[pages]) {
-            let Some(slots) = slots.get() else { continue };
-            let base = (page as u64) << PAGE_BITS;
-            for (slot, number) in slots.iter().zip(base..) {
-                if (first..=last).contains(&number) {
-                    self.empty_slot(slot, &control.pool);
-                }
+        let mut slot = first_slot;
+        while slot <= last_slot {
+            let Some(known) = self.slot(slot) else {
+                // No slice in the whole page.
+                slot = ((slot >> PAGE_BITS) + 1) << PAGE_BITS;
+                continue;
+            };
+            if let Some(slice) = known.load().as_ref() {
+                let base = slot << SLICE_BITS;
+                let from = first.max(base) - base;
+                let to = (last - base).min(SLICE_ENTRIES as u64 - 1) + 1;
+                slice.ask(from as usize, to as usize, layer);
+            }
+            slot += 1;
+        }
+    }
+
+    /// How often layers have changed: see [`Index::settle`].
+    pub(super) fn changes(&self) -> u64 {
+        self.control.lock().changes
+    }
+
+    /// Puts an answer in the place of the entry for `guest` that had a layer
+    /// asked, where no layer has changed anything since `changes` was counted.
+    pub(super) fn settle(&self, guest: GuestOffset, asking: Entry, answer: Resolved, changes: u64) {
+        let control = self.control.lock();
+        if control.changes != changes {
+            return;
+        }
+        let (slot, at) = self.position(guest);
+        let slice = self.slot(slot).map(ArcSwapOption::load);
+        if let Some(slice) = slice.as_ref().and_then(|slice| slice.as_ref()) {
+            if slice.get(at) == asking {
+                slice.entries[at].store(Entry::pack(answer).0, Ordering::SeqCst);
             }
         }
     }

@@ -102,11 +102,23 @@ pub struct ChainStatistics {
 }
 
 impl<H: Host> Image<H> {
+    /// Number of layers below. Makes no view of them, as this may be asked of
+    /// every layer of a chain.
+    fn layers_below(&self) -> u64 {
+        let mut count = 0;
+        let mut below = self.host().layer_below();
+        while let Some(layer) = below {
+            count += 1;
+            below = layer.host().layer_below();
+        }
+        count
+    }
+
     /// What has been counted since the image was opened. The figures of the
     /// index begin anew when the chain is another one.
     pub fn chain_statistics(&self) -> ChainStatistics {
         let reads = self.links().reads();
-        let view = self.view();
+        let view = self.links().last_view();
         let pool = self.pool();
         let mut by_depth: Vec<_> = (0..CLASSES)
             .map(|class| reads.sum(|shard| &shard.by_depth[class]))
@@ -122,7 +134,7 @@ impl<H: Host> Image<H> {
         let index = view.index.as_ref();
         let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
         ChainStatistics {
-            layers: view.layers.len() as u64 + 1,
+            layers: self.layers_below() + 1,
             index_bytes: index.map_or(0, |index| index.memory() as u64),
             cache_bytes: pool.used() as u64,
             cache_limit: pool.limit() as u64,

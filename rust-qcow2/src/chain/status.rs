@@ -87,7 +87,7 @@ impl<H: Host> Index<H> {
     ) -> Option<(Target, u64)> {
         let (slot, at) = self.position(guest);
         let guard = self.get(slot, layers)?;
-        let entries = &guard.as_ref()?.entries;
+        let slice = guard.as_ref()?;
         let target = |entry: Entry| match entry.unpack() {
             Resolved::Data(layer, _) | Resolved::Zero(layer) => Some(layer.max(lowest)),
             Resolved::Below => Some(lowest),
@@ -95,14 +95,15 @@ impl<H: Host> Index<H> {
         };
         let bits = self.bits();
         let mut covered = (1 << bits) - guest.within(bits);
-        let Some(layer) = target(entries[at]) else {
-            let Resolved::Ask(layer) = entries[at].unpack() else {
+        let first = slice.get(at);
+        let Some(layer) = target(first) else {
+            let Resolved::Ask(layer) = first.unpack() else {
                 return None;
             };
             return Some((Target::AskFrom(layer), covered.min(len)));
         };
         let mut next = at + 1;
-        while covered < len && next < SLICE_ENTRIES && target(entries[next]) == Some(layer) {
+        while covered < len && next < SLICE_ENTRIES && target(slice.get(next)) == Some(layer) {
             covered += 1 << bits;
             next += 1;
         }
@@ -112,7 +113,7 @@ impl<H: Host> Index<H> {
 
 impl<H: Host> View<H> {
     /// The number of a layer.
-    fn position(&self, image: &Image<H>) -> Option<usize> {
+    pub(super) fn position(&self, image: &Image<H>) -> Option<usize> {
         let positions = self.positions.get_or_init(|| {
             let numbered = self.layers.iter().zip(0..);
             numbered

@@ -62,8 +62,8 @@ pub(crate) struct Links<H: Host> {
     reads: ReadCounters,
     /// Held while the view is made.
     making: Mutex<()>,
-    /// Indexes that say something about this image.
-    watchers: RwLock<Vec<Weak<Index<H>>>>,
+    /// Indexes that say something about this image, and its number there.
+    watchers: RwLock<Vec<(Weak<Index<H>>, usize)>>,
     /// Whether there may be any.
     watched: AtomicBool,
 }
@@ -81,27 +81,29 @@ impl<H: Host> Default for Links<H> {
 }
 
 impl<H: Host> Links<H> {
-    fn add_watcher(&self, index: &Arc<Index<H>>) {
+    fn add_watcher(&self, index: &Arc<Index<H>>, number: usize) {
         let mut watchers = self.watchers.write();
-        watchers.retain(|known| {
+        watchers.retain(|(known, _)| {
             known.strong_count() > 0 && !std::ptr::eq(known.as_ptr(), Arc::as_ptr(index))
         });
-        watchers.push(Arc::downgrade(index));
+        watchers.push((Arc::downgrade(index), number));
         self.watched.store(true, Ordering::SeqCst);
     }
 
     /// Whether an image above has looked this one up.
     pub(crate) fn is_watched(&self) -> bool {
         let watchers = self.watchers.read();
-        watchers.iter().any(|index| index.strong_count() > 0)
+        watchers.iter().any(|(index, _)| index.strong_count() > 0)
     }
 
-    fn for_watchers(&self, f: impl Fn(&Index<H>)) {
+    fn for_watchers(&self, f: impl Fn(&Index<H>, usize)) {
         if !self.watched.load(Ordering::SeqCst) {
             return;
         }
-        for index in self.watchers.read().iter().filter_map(Weak::upgrade) {
-            f(&index);
+        for (index, number) in self.watchers.read().iter() {
+            if let Some(index) = index.upgrade() {
+                f(&index, *number);
+            }
         }
     }
 
@@ -109,13 +111,13 @@ impl<H: Host> Links<H> {
     /// `start` on are mapped differently now.
     #[inline]
     pub(crate) fn changed(&self, start: u64, len: u64) {
-        self.for_watchers(|index| index.invalidate(start, len));
+        self.for_watchers(|index, layer| index.changed(layer, start, len));
     }
 
     /// Tells them that nothing of what they know of this image is true any
     /// more.
     pub(crate) fn changed_altogether(&self) {
-        self.for_watchers(Index::kill);
+        self.for_watchers(|index, _| index.kill());
     }
 
     /// What is known of the layers below, as it was last looked at.
@@ -206,13 +208,13 @@ impl<H: Host> Image<H> {
             if fits && before.has_layers(rest) {
                 last.links().forget_view();
                 index.move_to(pool);
-                last.links().add_watcher(index);
+                last.links().add_watcher(index, rest.len());
                 return Some(Arc::clone(index));
             }
         }
         let index = Index::new(bits, end, pool);
-        for layer in layers {
-            layer.links().add_watcher(&index);
+        for (number, layer) in layers.iter().enumerate() {
+            layer.links().add_watcher(&index, number);
         }
         Some(index)
     }

@@ -138,7 +138,7 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
             Resolved::Data(layer, host) => {
                 let held = Held::enter(Arc::clone(&view.layers[layer]));
                 // See the documentation of `index` for why in this order.
-                if !known.is_valid() {
+                if !known.is_still_true(index.bits()) {
                     continue;
                 }
                 reads.data(view.layers.len() - layer);
@@ -152,7 +152,7 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
                 reads.below();
                 below(&view.layers[0])
             }
-            Resolved::Ask(layer) => return walk(top, &view, layer + 1, guest, known.len),
+            Resolved::Ask(layer) => return ask(top, &view, index, layer, guest, known.len),
         };
         let len = known.len;
         return Ok(Found { len, source });
@@ -170,12 +170,20 @@ pub(super) struct Known {
     /// Bytes of the range, at least 1.
     pub(super) len: u64,
     slice: Guard<Option<Arc<Slice>>>,
+    /// The first entry of the run, its place, and how many there are.
+    first: Entry,
+    at: usize,
+    count: usize,
 }
 
 impl Known {
+    /// Whether a run of data has not changed, now that its layer is held.
     #[inline]
-    fn is_valid(&self) -> bool {
-        self.slice.as_ref().is_some_and(|slice| slice.is_valid())
+    fn is_still_true(&self, bits: u32) -> bool {
+        self.slice.as_ref().is_some_and(|slice| {
+            let same = |i| slice.get(self.at + i) == self.first.plus((i as u64) << bits);
+            slice.is_valid() && (0..self.count).all(same)
+        })
     }
 }
 
@@ -186,10 +194,10 @@ impl<H: Host> Index<H> {
     pub(super) fn look_up(&self, guest: GuestOffset, len: u64, layers: usize) -> Option<Known> {
         let (slot, at) = self.position(guest);
         let guard = self.get(slot, layers)?;
-        let entries = &guard.as_ref()?.entries;
+        let slice = guard.as_ref()?;
         let bits = self.bits();
         let within = guest.within(bits);
-        let first = entries[at];
+        let first = slice.get(at);
         let resolved = match first.unpack() {
             Resolved::Data(layer, host) => Resolved::Data(layer, host.add(within)),
             other => other,
@@ -201,16 +209,49 @@ impl<H: Host> Index<H> {
         };
         let mut covered = (1 << bits) - within;
         let mut next = at + 1;
-        while covered < len && next < SLICE_ENTRIES && continues(entries[next], next - at) {
+        while covered < len && next < SLICE_ENTRIES && continues(slice.get(next), next - at) {
             covered += 1 << bits;
             next += 1;
         }
         Some(Known {
             resolved,
             len: covered.min(len),
+            first,
+            at,
+            count: next - at,
             slice: guard,
         })
     }
+}
+
+/// Finds bytes of one index cluster that `layer` has to be asked for, and puts
+/// the answer into the index where it fits in.
+fn ask<'a, H: Host>(
+    top: &Image<H>,
+    view: &View<H>,
+    index: &Index<H>,
+    layer: usize,
+    guest: GuestOffset,
+    len: u64,
+) -> Result<Found<'a, H>> {
+    let changes = index.changes();
+    let found = walk(top, view, layer + 1, guest, len)?;
+    let within = guest.within(index.bits());
+    let end = (guest.0 - within).saturating_add(1 << index.bits());
+    let number = |image: &Image<H>| view.position(image);
+    let answer = match &found.source {
+        Source::Layer(held, host) => number(held.image())
+            .filter(|_| host.0 >= within)
+            .map(|number| Resolved::Data(number, HostOffset(host.0 - within))),
+        Source::Below(_) => Some(Resolved::Below),
+        _ => None,
+    };
+    // What the end of a layer cuts has to be asked for each time.
+    let cut = || view.layers[..=layer].iter().any(|layer| layer.size() < end);
+    if let Some(answer) = answer.filter(|_| !cut()) {
+        index.settle(guest, Entry::pack(Resolved::Ask(layer)), answer, changes);
+    }
+    Ok(found)
 }
 
 /// Finds bytes by asking the lowest `count` layers one after the other.
