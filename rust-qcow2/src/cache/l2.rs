@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
 use super::pool::{Member, Pool};
@@ -88,8 +88,14 @@ impl L2Slice {
     }
 }
 
+/// Parts of the map that is looked up, so that requests in several threads
+/// seldom meet in one.
+const PARTS: usize = 8;
+
 /// The slices of one image.
 pub struct L2Cache {
+    /// All slices by their offset. Changed only under the lock of `inner`.
+    parts: [RwLock<FxHashMap<u64, Arc<L2Slice>>>; PARTS],
     /// Bytes of a slice. Changes only while no request is in flight.
     slice_size: AtomicUsize,
     inner: Mutex<Inner>,
@@ -99,6 +105,7 @@ struct Inner {
     /// Where the memory of the slices is counted.
     pool: Arc<Pool>,
     slice_size: usize,
+    /// Where slices are in `slots`.
     map: FxHashMap<u64, usize>,
     slots: Vec<Arc<L2Slice>>,
     /// Slices that may be dirty, each once.
@@ -121,6 +128,7 @@ impl L2Cache {
     #[must_use]
     pub fn new(capacity: usize, slice_size: usize, pool: Arc<Pool>) -> Arc<Self> {
         let cache = Arc::new(Self {
+            parts: Default::default(),
             slice_size: AtomicUsize::new(slice_size),
             inner: Mutex::new(Inner {
                 pool: Arc::clone(&pool),
@@ -170,9 +178,8 @@ impl L2Cache {
     #[inline]
     #[must_use]
     pub fn get(&self, offset: HostOffset) -> Option<Arc<L2Slice>> {
-        let inner = self.inner.lock();
-        let slot = *inner.map.get(&offset.0)?;
-        let slice = &inner.slots[slot];
+        let part = self.part(offset).read();
+        let slice = part.get(&offset.0)?;
         if !slice.used.load(Ordering::Relaxed) {
             slice.used.store(true, Ordering::Relaxed);
             slice.recent.store(true, Ordering::Relaxed);
@@ -184,9 +191,34 @@ impl L2Cache {
     /// using it.
     #[must_use]
     pub fn peek(&self, offset: HostOffset) -> Option<Arc<L2Slice>> {
-        let inner = self.inner.lock();
-        let slot = *inner.map.get(&offset.0)?;
-        Some(Arc::clone(&inner.slots[slot]))
+        self.part(offset).read().get(&offset.0).map(Arc::clone)
+    }
+
+    fn part(&self, offset: HostOffset) -> &RwLock<FxHashMap<u64, Arc<L2Slice>>> {
+        // Slices lie at multiples of at least 512 bytes, most at larger ones.
+        let mixed = (offset.0 >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        &self.parts[(mixed >> 61) as usize % PARTS]
+    }
+
+    /// Takes a slice out.
+    fn remove_slot(&self, inner: &mut Inner, slot: usize) {
+        let offset = inner.slots[slot].offset;
+        self.part(offset).write().remove(&offset.0);
+        inner.remove_slot(slot);
+    }
+
+    fn remove(&self, inner: &mut Inner, offset: HostOffset) {
+        if let Some(slot) = inner.map.get(&offset.0) {
+            let slot = *slot;
+            self.remove_slot(inner, slot);
+        }
+    }
+
+    fn remove_all(&self, inner: &mut Inner) {
+        for part in &self.parts {
+            part.write().clear();
+        }
+        inner.clear();
     }
 
     /// Makes room for one more slice, by the clock algorithm. Slices that were
@@ -208,7 +240,7 @@ impl L2Cache {
                 inner.hand = hand;
                 return Room::Dirty(victim);
             }
-            inner.remove_slot(hand);
+            self.remove_slot(&mut inner, hand);
         }
         Room::Free
     }
@@ -218,10 +250,12 @@ impl L2Cache {
         let slice = Arc::new(slice);
         let pool = {
             let mut inner = self.inner.lock();
-            inner.remove(slice.offset);
+            self.remove(&mut inner, slice.offset);
             let slot = inner.slots.len();
             inner.map.insert(slice.offset.0, slot);
             inner.slots.push(Arc::clone(&slice));
+            let mut part = self.part(slice.offset).write();
+            part.insert(slice.offset.0, Arc::clone(&slice));
             inner.pool.take(inner.slice_size);
             Arc::clone(&inner.pool)
         };
@@ -271,14 +305,14 @@ impl L2Cache {
         let mut inner = self.inner.lock();
         let step = self.slice_size() as u64;
         for at in (offset.0..offset.0.saturating_add(len)).step_by(step as usize) {
-            inner.remove(HostOffset(at));
+            self.remove(&mut inner, HostOffset(at));
         }
     }
 
     /// Forgets everything, dirty or not.
     pub fn clear(&self) {
         let mut inner = self.inner.lock();
-        inner.clear();
+        self.remove_all(&mut inner);
         inner.dirty.clear();
     }
 
@@ -296,7 +330,7 @@ impl L2Cache {
         inner.capacity = capacity.max(2);
         let before = self.slice_size.swap(slice_size, Ordering::Relaxed);
         if before != slice_size || inner.slots.len() > inner.capacity {
-            inner.clear();
+            self.remove_all(&mut inner);
         }
         inner.slice_size = slice_size;
     }
@@ -311,7 +345,7 @@ impl L2Cache {
                 slice.used.store(false, Ordering::Relaxed);
                 slot += 1;
             } else {
-                inner.remove_slot(slot);
+                self.remove_slot(&mut inner, slot);
             }
         }
     }
@@ -329,7 +363,13 @@ impl Member for L2Cache {
             if slice.used.swap(false, Ordering::Relaxed) {
                 return false;
             }
-            if !slice.is_dirty() && Arc::strong_count(slice) == 1 {
+            let offset = slice.offset;
+            let mut part = self.part(offset).write();
+            // One count each for the two places where it is; nobody gets at it
+            // while the part is locked.
+            if !slice.is_dirty() && Arc::strong_count(slice) == 2 {
+                part.remove(&offset.0);
+                drop(part);
                 inner.remove_slot(hand);
                 inner.hand = hand;
                 return true;
@@ -351,13 +391,6 @@ impl Inner {
         self.map.clear();
         self.slots.clear();
         self.hand = 0;
-    }
-
-    fn remove(&mut self, offset: HostOffset) {
-        if let Some(slot) = self.map.get(&offset.0) {
-            let slot = *slot;
-            self.remove_slot(slot);
-        }
     }
 
     fn remove_slot(&mut self, slot: usize) {

@@ -1,16 +1,15 @@
 //! What people can watch: where reads find their data.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::host::Host;
 use crate::image::Image;
+use crate::shard::{self, SHARDS};
 
 /// Classes of depth: the image itself, then 1, 2 to 3, 4 to 7 layers below and
 /// so on, up to the longest chain that is indexed.
 const CLASSES: usize = 17;
-/// Sets of counters; threads are spread over them.
-const SHARDS: usize = 4;
 
 /// Counters that several threads increase without getting in each other's way.
 #[derive(Default)]
@@ -26,19 +25,10 @@ struct Shard {
     misses: AtomicU64,
 }
 
-/// Which of the shards this thread uses. Never inlined, as the thread may be
-/// another one after each call that suspends.
-#[inline(never)]
-fn shard_number() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local!(static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS);
-    NUMBER.with(|number| *number)
-}
-
 impl ReadCounters {
     #[inline]
     fn shard(&self) -> &Shard {
-        &self.0.get_or_init(Box::default)[shard_number()]
+        &self.0.get_or_init(Box::default)[shard::number()]
     }
 
     /// Data, so many layers below the image.

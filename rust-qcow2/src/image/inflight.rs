@@ -19,15 +19,22 @@ use parking_lot::Mutex;
 
 use super::Image;
 use crate::host::Host;
+use crate::shard::{self, SHARDS};
 use crate::units::HostOffset;
 
 /// Counts requests and keeps clusters waiting for them.
 #[derive(Default)]
 pub(super) struct InFlight {
     epoch: AtomicU64,
-    active: [AtomicUsize; 2],
+    /// Spread over threads, as each request changes them.
+    active: [Active; SHARDS],
     waiting: Mutex<Waiting>,
 }
+
+/// Requests of some threads, for even and odd epochs.
+#[derive(Default)]
+#[repr(align(64))]
+struct Active([AtomicUsize; 2]);
 
 #[derive(Default)]
 struct Waiting {
@@ -58,6 +65,7 @@ impl Drop for Token<'_> {
 /// alive.
 pub(crate) struct Held<H: Host> {
     image: Arc<Image<H>>,
+    shard: usize,
     epoch: usize,
 }
 
@@ -65,8 +73,12 @@ impl<H: Host> Held<H> {
     /// Counts a request in.
     #[inline]
     pub(crate) fn enter(image: Arc<Image<H>>) -> Self {
-        let epoch = image.inflight.count_in();
-        Self { image, epoch }
+        let (shard, epoch) = image.inflight.count_in();
+        Self {
+            image,
+            shard,
+            epoch,
+        }
     }
 
     /// The image.
@@ -78,7 +90,8 @@ impl<H: Host> Held<H> {
 
 impl<H: Host> Drop for Held<H> {
     fn drop(&mut self) {
-        self.image.inflight.active[self.epoch].fetch_sub(1, Ordering::SeqCst);
+        let active = &self.image.inflight.active[self.shard];
+        active.0[self.epoch].fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -86,31 +99,36 @@ impl InFlight {
     /// Counts a request in.
     #[inline]
     pub(super) fn enter(&self) -> Token<'_> {
-        Token(&self.active[self.count_in()])
+        let (shard, epoch) = self.count_in();
+        Token(&self.active[shard].0[epoch])
     }
 
     /// Counts a request in, and returns in which counter.
     #[inline]
-    fn count_in(&self) -> usize {
+    fn count_in(&self) -> (usize, usize) {
+        let shard = shard::number();
+        let active = &self.active[shard].0;
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let index = (epoch & 1) as usize;
-            self.active[index].fetch_add(1, Ordering::SeqCst);
+            active[index].fetch_add(1, Ordering::SeqCst);
             if self.epoch.load(Ordering::SeqCst) == epoch {
-                return index;
+                return (shard, index);
             }
-            self.active[index].fetch_sub(1, Ordering::SeqCst);
+            active[index].fetch_sub(1, Ordering::SeqCst);
         }
+    }
+
+    /// Whether nobody is counted in an even (0) or odd (1) epoch.
+    fn is_idle(&self, epoch: usize) -> bool {
+        let mut shards = self.active.iter();
+        shards.all(|active| active.0[epoch].load(Ordering::SeqCst) == 0)
     }
 
     /// Whether a range may be freed at once. If not it was taken into the
     /// waiting room. The tables do not refer to the range any more.
     pub(super) fn must_wait(&self, freed: Freed) -> bool {
-        if self
-            .active
-            .iter()
-            .all(|count| count.load(Ordering::SeqCst) == 0)
-        {
+        if self.is_idle(0) && self.is_idle(1) {
             return false;
         }
         self.waiting.lock().current.push(freed);
@@ -133,8 +151,7 @@ impl InFlight {
                 break;
             }
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let old = &self.active[((epoch ^ 1) & 1) as usize];
-            if old.load(Ordering::SeqCst) != 0 {
+            if !self.is_idle(((epoch ^ 1) & 1) as usize) {
                 break;
             }
             // Nobody is left who entered before the current epoch began.

@@ -1,9 +1,6 @@
 //! Finding clusters: the L1 table, and runs of L2 entries.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use parking_lot::RwLock;
 
 use super::refcounts::Reason;
 use super::{Image, StateGuard};
@@ -13,55 +10,6 @@ use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind};
 use crate::format::geometry::Geometry;
 use crate::host::{Event, File, Host};
 use crate::units::{GuestOffset, Hex, HostOffset};
-
-/// The L1 table in use.
-///
-/// Entries are atomics behind a short lock, which is only taken for writing
-/// when the table is replaced by a longer or shorter one.
-pub(super) struct L1Table(RwLock<Box<[AtomicU64]>>);
-
-impl L1Table {
-    pub(super) fn new(entries: impl IntoIterator<Item = u64>) -> Self {
-        Self(RwLock::new(
-            entries.into_iter().map(AtomicU64::new).collect(),
-        ))
-    }
-
-    /// Number of entries.
-    pub(super) fn len(&self) -> u64 {
-        self.0.read().len() as u64
-    }
-
-    /// An entry; one that is beyond the end of the table is empty.
-    #[inline]
-    pub(super) fn get(&self, index: u64) -> L1Entry {
-        let table = self.0.read();
-        let entry = usize::try_from(index)
-            .ok()
-            .and_then(|index| table.get(index));
-        L1Entry(entry.map_or(0, |entry| entry.load(Ordering::Acquire)))
-    }
-
-    /// Changes an entry that exists.
-    pub(super) fn set(&self, index: u64, entry: L1Entry) {
-        self.0.read()[index as usize].store(entry.0, Ordering::Release);
-    }
-
-    /// All entries.
-    pub(super) fn to_vec(&self) -> Vec<u64> {
-        self.0
-            .read()
-            .iter()
-            .map(|entry| entry.load(Ordering::Relaxed))
-            .collect()
-    }
-
-    /// Exchanges the whole table.
-    pub(super) fn replace(&self, entries: impl IntoIterator<Item = u64>) {
-        let new = entries.into_iter().map(AtomicU64::new).collect();
-        *self.0.write() = new;
-    }
-}
 
 /// Guest clusters of one kind in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,6 +23,7 @@ pub mod create;
 mod empty;
 mod header_update;
 mod inflight;
+mod l1;
 mod map;
 pub mod measure;
 mod open;
@@ -62,7 +63,7 @@ const MAX_WORKERS: usize = 8;
 
 use inflight::InFlight;
 pub(crate) use inflight::{Held, Token};
-use map::L1Table;
+use l1::L1Table;
 pub(crate) use pieces::TablePiece;
 use write::PendingAllocations;
 
@@ -215,6 +216,7 @@ impl<H: Host> Image<H> {
             // Nobody holds the lock, as no request is in flight.
             if let Some(mut st) = self.state.try_lock() {
                 self.release_refcounts(&mut st);
+                self.l1.compact();
             }
         }
         // A chain has the memory of the image on top.

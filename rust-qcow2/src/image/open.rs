@@ -7,7 +7,7 @@ use lock_api::Mutex;
 use parking_lot::RwLock;
 
 use super::inflight::InFlight;
-use super::map::L1Table;
+use super::l1::L1Table;
 use super::refcounts::{Refcounts, read_refcount_table};
 use super::write::PendingAllocations;
 use super::writeback::Order;
@@ -114,6 +114,9 @@ impl<H: Host> Image<H> {
                 data_floor: 0,
             }),
         };
+        if !flags.writable {
+            image.l1.compact();
+        }
         if clear_autoclear {
             image
                 .update_header(&mut image.lock())
