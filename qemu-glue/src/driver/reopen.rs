@@ -116,9 +116,12 @@ pub(super) unsafe extern "C" fn commit(state: *mut sys::BDRVReopenState) {
                 return;
             }
             let interval = node.image().options().clean_interval;
-            let applied = node.serve(Access::Read, |image| {
-                image.apply_options(staged.flags, &staged.request, staged.options);
-                Ok(())
+            let applied = coroutine::run(bs, || {
+                node.serve(Access::Read, |image| {
+                    image.apply_options(staged.flags, &staged.request, staged.options);
+                    image.end_writing();
+                    Ok(())
+                })
             });
             if applied.is_ok() && interval != staged.options.clean_interval {
                 node.stop_timer();

@@ -212,13 +212,6 @@ impl<H: Host> Image<H> {
         }
         self.l2
             .resize(options.caches.l2_slices, options.caches.l2_slice_size);
-        if !flags.writable {
-            // Nobody holds the lock, as no request is in flight.
-            if let Some(mut st) = self.state.try_lock() {
-                self.release_refcounts(&mut st);
-                self.l1.compact();
-            }
-        }
         // A chain has the memory of the image on top.
         if !self.links.is_watched() {
             let pool = self.l2.pool();

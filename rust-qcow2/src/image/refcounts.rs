@@ -238,6 +238,15 @@ impl<H: Host> Image<H> {
     }
 
     /// Drops what is needed for writing only, where the image is not written.
+    /// No request is in flight.
+    pub fn end_writing(&self) {
+        if !self.is_writable() {
+            self.release_refcounts(&mut self.lock());
+            self.l1.compact();
+        }
+    }
+
+    /// [`Image::end_writing`] for refcounts.
     pub(super) fn release_refcounts(&self, st: &mut StateGuard<'_, H>) {
         if !self.is_writable() && st.refcounts.dirty_blocks().is_empty() {
             st.refcounts.unload();
