@@ -26,9 +26,9 @@ pub struct NextLayer<H: Host> {
 
 impl<H: Host> Image<H> {
     /// The first layer below this image that has any of the `len` > 0 bytes at
-    /// `guest`, or ends before them: not below `base`, if that is one of the
-    /// layers. The lowest layer, if nobody has them. `None` where there is no
-    /// layer below.
+    /// `guest`, or whose own backing layer ends before them: not below `base`,
+    /// if that is one of the layers. The lowest layer, if nobody has them.
+    /// `None` where the next layer has to be asked anyway.
     ///
     /// # Errors
     /// Those of the layers' files.
@@ -38,26 +38,35 @@ impl<H: Host> Image<H> {
         len: u64,
         base: Option<&Self>,
     ) -> Result<Option<NextLayer<H>>> {
+        // Makes no view of what is below a layer that is asked in its turn.
+        let next = self.host().layer_below();
+        if next.is_none_or(|next| next.size() <= guest.0) {
+            return Ok(None);
+        }
         loop {
             let view = Guard::into_inner(self.view());
             let Some(last) = view.layers.len().checked_sub(1) else {
                 return Ok(None);
             };
             let lowest = base.and_then(|base| view.position(base)).unwrap_or(0);
-            let (layer, len) = if guest.0 >= view.end {
-                (last, len)
-            } else {
-                let len = len.min(view.end - guest.0);
-                match &view.index {
+            if guest.0 >= view.end {
+                return Ok(None);
+            }
+            let len = len.min(view.end - guest.0);
+            let (mut layer, len) = match &view.index {
+                None => walk(&view, view.layers.len(), guest, len)?,
+                Some(index) => match index.layer_of(guest, len, view.layers.len(), lowest) {
+                    Some((Target::Layer(layer), len)) => (layer, len),
+                    Some((Target::AskFrom(layer), len)) => walk(&view, layer + 1, guest, len)?,
+                    None if view.fill(index, self, guest)? => continue,
                     None => walk(&view, view.layers.len(), guest, len)?,
-                    Some(index) => match index.layer_of(guest, len, view.layers.len(), lowest) {
-                        Some((Target::Layer(layer), len)) => (layer, len),
-                        Some((Target::AskFrom(layer), len)) => walk(&view, layer + 1, guest, len)?,
-                        None if view.fill(index, self, guest)? => continue,
-                        None => walk(&view, view.layers.len(), guest, len)?,
-                    },
-                }
+                },
             };
+            // What is beyond the end of a layer is zeroes for the one above,
+            // and that is who says so. The topmost is long enough.
+            if view.layers[layer].size() <= guest.0 {
+                layer = (layer + 1).min(last);
+            }
             let layer = layer.max(lowest);
             return Ok(Some(NextLayer {
                 layer: Arc::clone(&view.layers[layer]),

@@ -98,12 +98,16 @@ impl<H: Host> Image<H> {
     }
 
     fn counted_clusters_reach(&self, st: &mut StateGuard<'_, H>, threshold: u64) -> Result<bool> {
-        self.need_refcounts(st)?;
         let end = self
             .host
             .file()
             .length()?
             .div_ceil(self.geometry.cluster_size());
+        if end < threshold {
+            // Not even if all of them are in use.
+            return Ok(false);
+        }
+        self.need_refcounts(st)?;
         let mut counted = 0;
         let mut cluster = 0;
         while cluster < end {
