@@ -58,6 +58,31 @@ const FUNCTIONS: &[&str] = &[
     "blk_co_truncate",
     "blk_co_unref",
     "blk_set_allow_write_beyond_eof",
+    // Dirty bitmaps.
+    "bdrv_create_dirty_bitmap",
+    "bdrv_dirty_bitmap_check",
+    "bdrv_dirty_bitmap_deserialize_finish",
+    "bdrv_dirty_bitmap_deserialize_ones",
+    "bdrv_dirty_bitmap_deserialize_part",
+    "bdrv_dirty_bitmap_enabled",
+    "bdrv_dirty_bitmap_first",
+    "bdrv_dirty_bitmap_get_persistence",
+    "bdrv_dirty_bitmap_granularity",
+    "bdrv_dirty_bitmap_inconsistent",
+    "bdrv_dirty_bitmap_name",
+    "bdrv_dirty_bitmap_next",
+    "bdrv_dirty_bitmap_next_dirty",
+    "bdrv_dirty_bitmap_readonly",
+    "bdrv_dirty_bitmap_serialization_size",
+    "bdrv_dirty_bitmap_serialize_part",
+    "bdrv_dirty_bitmap_set_inconsistent",
+    "bdrv_dirty_bitmap_set_persistence",
+    "bdrv_dirty_bitmap_set_readonly",
+    "bdrv_dirty_bitmap_size",
+    "bdrv_disable_dirty_bitmap",
+    "bdrv_find_dirty_bitmap",
+    "bdrv_release_dirty_bitmap",
+    "bdrv_supports_persistent_dirty_bitmap",
     // Coroutines, memory, vectors.
     "aio_co_wake",
     "qemu_co_mutex_lock",
@@ -114,7 +139,12 @@ const FUNCTIONS: &[&str] = &[
     "visit_type_BlockdevCreateOptions",
 ];
 
-const TYPES: &[&str] = &["BlockDriver", "BlockdevCreateOptions", "QDictRenames"];
+const TYPES: &[&str] = &[
+    "BitmapCheckFlags",
+    "BlockDriver",
+    "BlockdevCreateOptions",
+    "QDictRenames",
+];
 
 const VARIABLES: &[&str] = &[
     "rq_.*",
@@ -150,6 +180,9 @@ const CHECKED: &[&str] = &[
     "QDictRenames",
     "QEMUIOVector",
     "QEMUSnapshotInfo",
+    "Qcow2BitmapInfo",
+    "Qcow2BitmapInfoFlagsList",
+    "Qcow2BitmapInfoList",
     "uint64List",
 ];
 
@@ -204,6 +237,7 @@ fn watch(source: &Path, build: &Path) {
         "include/block/block_int-common.h",
         "include/block/block_int-global-state.h",
         "include/block/block_int-io.h",
+        "include/block/dirty-bitmap.h",
         "include/block/graph-lock.h",
         "include/qemu/coroutine.h",
         "include/qemu/iov.h",

@@ -74,6 +74,19 @@ pub(crate) fn report_text(text: &str) {
     unsafe { sys::rq_error_report(text.as_ptr().cast(), text_len(text)) };
 }
 
+/// Warns the user, and says what to do about it.
+pub(crate) fn warn(sentence: &str, advice: &str) {
+    // SAFETY: the texts are as long as said.
+    unsafe {
+        sys::rq_warn_report(
+            sentence.as_ptr().cast(),
+            text_len(sentence),
+            advice.as_ptr().cast(),
+            text_len(advice),
+        );
+    }
+}
+
 /// Calls a function of QEMU that reports its failure through an `Error **`,
 /// and makes it an error here.
 pub(crate) fn caught(f: impl FnOnce(ErrorPtr) -> c_int) -> Result<c_int> {

@@ -95,6 +95,10 @@ impl Host for Qemu {
         error::report_text(&error.to_string());
     }
 
+    fn warn(&self, sentence: &str, advice: &str) {
+        error::warn(sentence, advice);
+    }
+
     fn report_corruption(&self, event: &Corruption) {
         let text = &event.message;
         let line = if event.fatal {

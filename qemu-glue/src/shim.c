@@ -161,6 +161,12 @@ void rq_error_report(const char *text, int len)
     error_report("%.*s", len, text);
 }
 
+void rq_warn_report(const char *text, int len, const char *hint, int hint_len)
+{
+    warn_report("%.*s", len, text);
+    error_printf("%.*s", hint_len, hint);
+}
+
 typedef struct RqCall {
     CoroutineEntry *fn;
     void *opaque;

@@ -10,6 +10,7 @@
 #include "qemu/osdep.h"
 #include "block/block_int.h"
 #include "block/coroutines.h"
+#include "block/dirty-bitmap.h"
 #include "block/qdict.h"
 #include "block/snapshot.h"
 #include "qapi/error.h"
@@ -42,6 +43,9 @@ void rq_error_prepend(Error **errp, const char *text);
 
 /* error_report() of len bytes. */
 void rq_error_report(const char *text, int len);
+
+/* warn_report() of len bytes, and a hint of hint_len bytes behind it. */
+void rq_warn_report(const char *text, int len, const char *hint, int hint_len);
 
 /*
  * Calls fn(opaque) in a coroutine in the AioContext of bs, with the graph

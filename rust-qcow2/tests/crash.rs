@@ -8,7 +8,7 @@ use std::collections::HashSet;
 
 use common::{Shape, create, open, read, write};
 use proptest::prelude::*;
-use rust_qcow2::host::memory::{Event, MemoryFile, MemoryHost};
+use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::host::{File, ZeroFlags};
 use rust_qcow2::image::check::Fix;
 use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
@@ -39,34 +39,6 @@ fn op() -> impl Strategy<Value = Op> {
 struct Durable {
     event: usize,
     content: Vec<u8>,
-}
-
-/// The file after a crash: all up to the last flush before `end`, then each
-/// write or not as `kept` says.
-fn crashed(start: &[u8], events: &[Event], mut kept: impl FnMut() -> bool) -> Vec<u8> {
-    let settled = events
-        .iter()
-        .rposition(|event| *event == Event::Flush)
-        .unwrap_or(0);
-    let mut bytes = start.to_vec();
-    for (i, event) in events.iter().enumerate() {
-        match event {
-            Event::Write(offset, data) => {
-                let end = *offset as usize + data.len();
-                // The length of the file is metadata of its file system: it
-                // may be known before the data are there.
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
-                }
-                if i < settled || kept() {
-                    bytes[*offset as usize..end].copy_from_slice(data);
-                }
-            }
-            Event::Truncate(len) if i < settled || kept() => bytes.resize(*len as usize, 0),
-            _ => {}
-        }
-    }
-    bytes
 }
 
 proptest! {
@@ -143,7 +115,7 @@ proptest! {
         }
 
         let end = (events.len() as f64 * cut) as usize;
-        let bytes = crashed(&start, &events[..end], || {
+        let bytes = common::crashed(&start, &events[..end], || {
             luck = luck.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             luck >> 63 == 1
         });

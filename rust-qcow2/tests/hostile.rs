@@ -3,12 +3,14 @@
 
 mod common;
 
-use common::{Shape, WRITABLE, create, open, write};
+use common::{MemoryBits, Shape, TestImage, WRITABLE, create, open, write};
 use parking_lot::Mutex;
 use proptest::prelude::*;
+use rust_qcow2::format::bitmaps::{MAX_BYTES, bytes_needed};
 use rust_qcow2::host::local::SharedBuf;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::host::{Preallocation, ZeroFlags};
+use rust_qcow2::image::bitmaps::DirtyBits;
 use rust_qcow2::image::check::Fix;
 use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
 use rust_qcow2::units::GuestOffset;
@@ -30,7 +32,46 @@ fn number() -> impl Strategy<Value = u64> {
     ]
 }
 
+fn some_bits(number: u64) -> MemoryBits {
+    MemoryBits {
+        name: format!("bitmap {number}").into_bytes(),
+        granularity_bits: 9 + number as u32,
+        disk_size: SIZE,
+        enabled: number == 1,
+        bits: (0..number * 5).collect(),
+    }
+}
+
+/// Does with the bitmaps what there is to do.
+fn use_bitmaps(image: &TestImage, writable: bool) {
+    if let Ok(list) = image.bitmaps() {
+        for entry in &list {
+            let granularity = entry.granularity_in_memory(image.size());
+            assert!(!entry.in_use() || bytes_needed(image.size(), granularity) <= MAX_BYTES);
+            let mut end = 0;
+            let _ = image.read_bitmap(entry, &mut |from, len, _| {
+                assert!(from >= end && len > 0);
+                end = from + len;
+                assert!(end <= image.size());
+            });
+        }
+    }
+    if writable && image.mark_bitmaps_in_use().is_ok() {
+        let new = MemoryBits {
+            disk_size: image.size() & !511,
+            ..some_bits(2)
+        };
+        let other = MemoryBits {
+            disk_size: image.size() & !511,
+            ..some_bits(7)
+        };
+        let _ = image.store_bitmaps(&[&new, &other]);
+        let _ = image.remove_bitmap(b"bitmap 1");
+    }
+}
+
 fn sample(shape: Shape) -> Vec<u8> {
+    let version3 = shape.version >= 3;
     let file = create(shape, SIZE);
     let image = open(&file, None, &OptionRequest::default());
     for i in 0..20 {
@@ -39,6 +80,11 @@ fn sample(shape: Shape) -> Vec<u8> {
     image
         .write_zeroes(GuestOffset(8192), 4096, ZeroFlags::default())
         .ok();
+    if version3 {
+        let bits: Vec<_> = (0..3).map(some_bits).collect();
+        let bits: Vec<&dyn DirtyBits> = bits.iter().map(|bits| bits as _).collect();
+        image.store_bitmaps(&bits).unwrap();
+    }
     image.inactivate().unwrap();
     file.bytes()
 }
@@ -80,6 +126,7 @@ proptest! {
                 let _ = image.read(GuestOffset(at), len, SharedBuf(&memory), 0);
                 let _ = image.block_status(GuestOffset(at), len);
             }
+            use_bitmaps(&image, writable);
             if writable {
                 for at in [0, 5000, 30_000] {
                     if at + 4096 <= size {

@@ -1,14 +1,16 @@
 //! What the block layer and the user ask about an image.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, CString, c_int};
 use std::ptr;
 
 use rust_qcow2::chain::stats::ChainStatistics;
+use rust_qcow2::format::bitmaps::{Bitmap, BitmapFlags};
 use rust_qcow2::format::header::CompressionType;
-use rust_qcow2::image::ImageInfo;
+use rust_qcow2::image::{Image, ImageInfo};
 
 use super::io::file_has_zero_init;
-use crate::error::ErrorPtr;
+use crate::coroutine;
+use crate::error::{self, ErrorPtr};
 use crate::node::{Access, Node, request};
 use crate::panic::contain;
 use crate::sys;
@@ -55,7 +57,7 @@ pub(super) unsafe extern "C" fn get_info(
 
 pub(super) unsafe extern "C" fn get_specific_info(
     bs: *mut sys::BlockDriverState,
-    _errp: ErrorPtr,
+    errp: ErrorPtr,
 ) -> *mut sys::ImageInfoSpecific {
     contain("get_specific_info", ptr::null_mut(), || {
         // SAFETY: a callback of the driver for `bs`; its name is a C string.
@@ -64,7 +66,19 @@ pub(super) unsafe extern "C" fn get_specific_info(
                 return ptr::null_mut();
             };
             let name = CStr::from_ptr((*(*bs).drv).format_name);
-            specific_info(&node.image().info(), kind(name))
+            let image = node.image();
+            let bitmaps = if image.has_bitmaps() {
+                coroutine::run(bs, || node.serve(Access::Read, Image::bitmaps))
+            } else {
+                Ok(Vec::new())
+            };
+            match bitmaps {
+                Ok(bitmaps) => specific_info(&image.info(), &bitmaps, kind(name)),
+                Err(error) => {
+                    error::set(errp, &error, "Could not read the bitmap directory");
+                    ptr::null_mut()
+                }
+            }
         }
     })
 }
@@ -127,8 +141,43 @@ fn specific_stats(statistics: &ChainStatistics) -> *mut sys::BlockStatsSpecific 
     }
 }
 
+/// Bitmaps as QMP lists them.
+fn bitmap_list(bitmaps: &[Bitmap]) -> *mut sys::Qcow2BitmapInfoList {
+    const FLAGS: [(BitmapFlags, sys::Qcow2BitmapInfoFlags); 2] = [
+        (BitmapFlags::IN_USE, sys::QCOW2_BITMAP_INFO_FLAGS_IN_USE),
+        (BitmapFlags::AUTO, sys::QCOW2_BITMAP_INFO_FLAGS_AUTO),
+    ];
+    let mut list = ptr::null_mut();
+    for bitmap in bitmaps.iter().rev() {
+        let name = CString::new(bitmap.name.as_slice()).unwrap_or_default();
+        // SAFETY: zeroes are valid for C structures; what is filled in is owned
+        // by them.
+        unsafe {
+            let info = zeroed::<sys::Qcow2BitmapInfo>();
+            (*info).name = sys::g_strdup(name.as_ptr());
+            (*info).granularity = 1 << bitmap.granularity_bits;
+            for (_, flag) in FLAGS
+                .iter()
+                .rev()
+                .filter(|flag| bitmap.flags.contains(flag.0))
+            {
+                let element = zeroed::<sys::Qcow2BitmapInfoFlagsList>();
+                (*element).value = *flag;
+                (*element).next = (*info).flags;
+                (*info).flags = element;
+            }
+            let element = zeroed::<sys::Qcow2BitmapInfoList>();
+            (*element).value = info;
+            (*element).next = list;
+            list = element;
+        }
+    }
+    list
+}
+
 fn specific_info(
     info: &ImageInfo,
+    bitmaps: &[Bitmap],
     kind: sys::ImageInfoSpecificKind,
 ) -> *mut sys::ImageInfoSpecific {
     // SAFETY: zeroes are valid for C structures; what is filled in is owned by
@@ -150,6 +199,8 @@ fn specific_info(
         (*data).corrupt = info.corrupt;
         (*data).has_extended_l2 = true;
         (*data).extended_l2 = info.extended_l2;
+        (*data).bitmaps = bitmap_list(bitmaps);
+        (*data).has_bitmaps = !bitmaps.is_empty();
         (*data).compression_type = match info.compression {
             CompressionType::Zlib => sys::QCOW2_COMPRESSION_TYPE_ZLIB,
             CompressionType::Zstd => sys::QCOW2_COMPRESSION_TYPE_ZSTD,

@@ -7,6 +7,7 @@ use rust_qcow2::host::Preallocation;
 use rust_qcow2::image::check::{CheckReport, Fix};
 use rust_qcow2::{Error, Result};
 
+use super::bitmaps;
 use super::open::{sectors, set_backing};
 use super::{FORMAT, NAME};
 use crate::coroutine;
@@ -30,6 +31,8 @@ pub(super) unsafe extern "C" fn truncate(
     };
     let result = node.serve(Access::Write, |image| {
         let size = u64::try_from(size).map_err(|_| Error::errno(libc::EINVAL))?;
+        // SAFETY: as above.
+        unsafe { bitmaps::check_resize(bs, image)? };
         image.resize(size, exact, preallocation(mode)?, zero_new)?;
         Ok(size)
     });

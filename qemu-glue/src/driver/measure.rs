@@ -8,6 +8,7 @@ use rust_qcow2::image::create::{self, DEFAULT_CLUSTER_SIZE, DEFAULT_REFCOUNT_BIT
 use rust_qcow2::image::measure::Layout;
 use rust_qcow2::{Error, Result};
 
+use super::bitmaps;
 use super::manage::preallocation;
 use crate::error::{self, ErrorPtr, caught, check, check_len};
 use crate::options::text;
@@ -24,11 +25,13 @@ pub(super) unsafe extern "C" fn measure(
         // that would be converted; errp is not set.
         unsafe {
             match sizes(opts, source) {
-                Ok((required, fully_allocated)) => {
+                Ok(sizes) => {
                     let size = size_of::<sys::BlockMeasureInfo>();
                     let info = sys::g_malloc0(size as sys::gsize).cast::<sys::BlockMeasureInfo>();
-                    (*info).required = required as i64;
-                    (*info).fully_allocated = fully_allocated as i64;
+                    (*info).required = sizes.required as i64;
+                    (*info).fully_allocated = sizes.fully_allocated as i64;
+                    (*info).has_bitmaps = sizes.bitmaps.is_some();
+                    (*info).bitmaps = sizes.bitmaps.unwrap_or_default() as i64;
                     info
                 }
                 Err(error) => {
@@ -54,14 +57,20 @@ unsafe fn take_text(opts: *mut sys::QemuOpts, name: &CStr) -> Option<String> {
     }
 }
 
-/// The bytes that are required, and those of a full image.
+/// What a new image takes, in bytes.
+struct Sizes {
+    required: u64,
+    /// With all guest clusters.
+    fully_allocated: u64,
+    /// The persistent bitmaps of the source, where both images can have some.
+    bitmaps: Option<u64>,
+}
+
+/// Measures.
 ///
 /// # Safety
 /// The arguments are those of [`measure`].
-unsafe fn sizes(
-    opts: *mut sys::QemuOpts,
-    source: *mut sys::BlockDriverState,
-) -> Result<(u64, u64)> {
+unsafe fn sizes(opts: *mut sys::QemuOpts, source: *mut sys::BlockDriverState) -> Result<Sizes> {
     // SAFETY: promised by the caller.
     unsafe {
         if sys::qemu_opt_get_bool_del(opts, c"extended_l2".as_ptr(), false) {
@@ -119,7 +128,13 @@ unsafe fn sizes(
         }
         // The metadata of a full image is counted in any case.
         let fully_allocated = layout.fully_allocated(size);
-        Ok((fully_allocated - size + data, fully_allocated))
+        let bitmaps =
+            version >= 3 && !source.is_null() && sys::bdrv_supports_persistent_dirty_bitmap(source);
+        Ok(Sizes {
+            required: fully_allocated - size + data,
+            fully_allocated,
+            bitmaps: bitmaps.then(|| bitmaps::size_in_image(source, cluster_bits)),
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 //! Each callback converts types and error numbers and calls the image; what
 //! is done is done in `rust-qcow2`.
 
+mod bitmaps;
 mod create;
 mod info;
 mod io;
@@ -115,6 +116,7 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_child_perm: Some(sys::bdrv_default_perms),
         bdrv_reopen_prepare: Some(reopen::prepare),
         bdrv_reopen_commit: Some(reopen::commit),
+        bdrv_reopen_commit_post: Some(reopen::commit_post),
         bdrv_reopen_abort: Some(reopen::abort),
         bdrv_join_options: Some(reopen::join_options),
         bdrv_co_invalidate_cache: Some(open::invalidate_cache),
@@ -139,6 +141,10 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_co_change_backing_file: Some(manage::change_backing_file),
         bdrv_make_empty: Some(manage::make_empty),
         bdrv_co_check: Some(manage::check),
+
+        bdrv_supports_persistent_dirty_bitmap: Some(bitmaps::supports),
+        bdrv_co_can_store_new_dirty_bitmap: Some(bitmaps::can_store_new),
+        bdrv_co_remove_persistent_dirty_bitmap: Some(bitmaps::remove),
 
         bdrv_refresh_limits: Some(info::refresh_limits),
         bdrv_has_zero_init: Some(info::has_zero_init),

@@ -6,6 +6,7 @@ use std::ptr;
 use rust_qcow2::image::{Image, OpenFlags};
 use rust_qcow2::{Error, Result};
 
+use super::bitmaps;
 use crate::coroutine;
 use crate::error::{self, ErrorPtr, check, code};
 use crate::host::Qemu;
@@ -58,6 +59,9 @@ unsafe fn open_node(
         let image = coroutine::run(bs, || Image::open(Qemu::new(bs), flags, &requested.options))?;
         requested.refuse_other_features()?;
         publish(bs, &image);
+        if !flags.inactive {
+            bitmaps::load(bs, &image)?;
+        }
         Node::install(bs, image);
         if let Some(node) = Node::of(bs) {
             node.start_timer(sys::bdrv_get_aio_context(bs));
@@ -133,7 +137,11 @@ fn copy_text(array: &mut [c_char], text: &str) {
 /// Called in a callback of the driver for `bs`, outside of coroutines.
 unsafe fn write_back(bs: *mut sys::BlockDriverState, node: &Node) -> Result<()> {
     // SAFETY: promised by the caller.
-    unsafe { coroutine::run(bs, || node.serve(Access::Write, |image| image.inactivate())) }
+    unsafe {
+        let bitmaps = bitmaps::leave(bs, node);
+        let tables = coroutine::run(bs, || node.serve(Access::Write, Image::inactivate));
+        tables.and(bitmaps)
+    }
 }
 
 pub(super) unsafe extern "C" fn close(bs: *mut sys::BlockDriverState) {
@@ -167,11 +175,15 @@ pub(super) unsafe extern "C" fn invalidate_cache(bs: *mut sys::BlockDriverState,
         return;
     };
     // SAFETY: as above, in a coroutine.
-    let reopened = catch(|| unsafe { open_again(bs) });
+    let reopened = catch(|| unsafe {
+        let image = open_again(bs)?;
+        // No request uses these fields while the node is activated.
+        publish(bs, &image);
+        bitmaps::load(bs, &image)?;
+        Ok(image)
+    });
     let error = match reopened {
         Ok(Ok(image)) => {
-            // SAFETY: no request uses these fields while the node is activated.
-            unsafe { publish(bs, &image) };
             node.replace_image(image);
             return;
         }

@@ -6,6 +6,7 @@ use std::ptr;
 use rust_qcow2::Result;
 use rust_qcow2::image::{Image, OpenFlags, OptionRequest, Options};
 
+use super::bitmaps;
 use super::open::publish;
 use crate::coroutine;
 use crate::error::{self, ErrorPtr};
@@ -61,7 +62,10 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
         let options = image.resolve_options(flags, &requested.options)?;
         requested.refuse_other_features()?;
         let lazy_ends = image.options().lazy_refcounts && !options.lazy_refcounts;
-        coroutine::run(bs, || {
+        if !flags.writable {
+            bitmaps::reopen_ro(bs, node)?;
+        }
+        let written = coroutine::run(bs, || {
             node.serve(Access::Write, |image| {
                 if flags.writable {
                     image.prepare_writing()?;
@@ -79,7 +83,11 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
             } else {
                 "Failed to flush the metadata caches"
             })
-        })?;
+        });
+        if let Err(error) = written {
+            stay_writable(bs);
+            return Err(error);
+        }
         Ok(Staged {
             flags,
             request: requested.options,
@@ -160,8 +168,55 @@ unsafe fn open_other_file(bs: *mut sys::BlockDriverState, node: &Node, staged: &
 
 pub(super) unsafe extern "C" fn abort(state: *mut sys::BDRVReopenState) {
     contain("reopen", (), || {
-        // SAFETY: a callback of the driver.
-        drop(unsafe { take_staged(state) });
+        // SAFETY: a callback of the driver; the node is drained.
+        unsafe {
+            drop(take_staged(state));
+            stay_writable((*state).bs);
+        }
+    });
+}
+
+/// Takes back that the bitmaps have become read-only, where the node has not.
+///
+/// # Safety
+/// Called in a callback of the driver for `bs`, outside of coroutines; the
+/// node is drained.
+unsafe fn stay_writable(bs: *mut sys::BlockDriverState) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if Node::of(bs).is_some_and(|node| node.image().is_writable()) {
+            make_bitmaps_writable(bs);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`stay_writable`].
+unsafe fn make_bitmaps_writable(bs: *mut sys::BlockDriverState) {
+    // SAFETY: promised by the caller; the name of a node is a C string.
+    unsafe {
+        let Some(node) = Node::of(bs).filter(|node| node.is_present()) else {
+            return;
+        };
+        // They stay read-only, and the node takes no writes, until they are
+        // removed or it is reopened once more.
+        if let Err(error) = bitmaps::reopen_rw(bs, node) {
+            let name = CStr::from_ptr(sys::bdrv_get_node_name(bs)).to_string_lossy();
+            error::report_text(&format!(
+                "{name}: Failed to make dirty bitmaps writable: {error}"
+            ));
+        }
+    }
+}
+
+pub(super) unsafe extern "C" fn commit_post(state: *mut sys::BDRVReopenState) {
+    contain("reopen", (), || {
+        // SAFETY: a callback of the driver; the node is drained.
+        unsafe {
+            if open_flags((*state).flags).writable {
+                make_bitmaps_writable((*state).bs);
+            }
+        }
     });
 }
 

@@ -7,8 +7,10 @@
 //! - [`extension`]: header extensions, the feature name table among them
 //! - [`geometry`]: what follows from cluster size and disk size, and the limits
 //! - [`entry`]: L1 and L2 table entries
+//! - [`bitmaps`]: persistent dirty bitmaps
 //! - [`refcount`]: refcount blocks of all widths
 
+pub mod bitmaps;
 pub mod entry;
 pub mod extension;
 pub mod geometry;

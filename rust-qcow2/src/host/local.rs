@@ -204,6 +204,10 @@ impl Host for LocalHost {
         eprintln!("{error}");
     }
 
+    fn warn(&self, sentence: &str, advice: &str) {
+        eprintln!("warning: {sentence}\n{advice}");
+    }
+
     fn report_corruption(&self, event: &Corruption) {
         eprintln!("qcow2: {}", event.message);
     }

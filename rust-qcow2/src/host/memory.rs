@@ -181,6 +181,8 @@ pub struct MemoryHost {
     pub generation: Arc<AtomicU64>,
     /// Failures that were reported.
     pub errors: Arc<Mutex<Vec<Error>>>,
+    /// Warnings.
+    pub warnings: Arc<Mutex<Vec<String>>>,
     /// Corruption that was reported.
     pub reports: Arc<Mutex<Vec<Corruption>>>,
 }
@@ -233,6 +235,10 @@ impl Host for MemoryHost {
 
     fn report(&self, error: &Error) {
         self.errors.lock().push(error.clone());
+    }
+
+    fn warn(&self, sentence: &str, _advice: &str) {
+        self.warnings.lock().push(sentence.to_owned());
     }
 
     fn report_corruption(&self, event: &Corruption) {

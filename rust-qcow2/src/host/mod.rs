@@ -71,6 +71,9 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// Tells the user of a failure that ends an operation only later, or not.
     fn report(&self, error: &Error);
 
+    /// Warns the user: a sentence, and what to do about it.
+    fn warn(&self, sentence: &str, advice: &str);
+
     /// Tells the user that the image is corrupt (event, log). Called after the
     /// corrupt bit was written where that is possible.
     fn report_corruption(&self, event: &Corruption);

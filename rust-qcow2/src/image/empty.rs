@@ -24,7 +24,9 @@ impl<H: Host> Image<H> {
         self.ensure_usable()?;
         self.reclaim(&mut st)?;
         let l1_clusters = div_up(self.l1.len() * 8, self.geometry.cluster_size());
+        // Bitmaps would be overwritten.
         if self.geometry.version >= 3
+            && !self.has_bitmaps()
             && BEFORE_L1 + l1_clusters <= self.geometry.refcounts_per_block()
         {
             return self.lay_out_anew(&mut st, l1_clusters);

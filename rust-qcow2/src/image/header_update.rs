@@ -19,7 +19,7 @@ impl Shared {
 
 impl<H: Host> Image<H> {
     /// Whether the image may be written now.
-    pub(super) fn is_writable(&self) -> bool {
+    pub fn is_writable(&self) -> bool {
         let shared = self.shared.read();
         shared.flags.writable && !shared.flags.inactive
     }

@@ -1,6 +1,7 @@
 //! How large an image file becomes: `qemu-img measure` and preallocation.
 
 use crate::error::{Error, Result};
+use crate::format::bitmaps::entry_size;
 use crate::format::geometry::MAX_L1_BYTES;
 use crate::format::refcount::RefcountOrder;
 use crate::units::{div_up, round_up};
@@ -95,6 +96,19 @@ impl Layout {
         let refcounts = self.refcounts(counted >> self.cluster_bits, false);
         counted + ((refcounts.blocks + refcounts.table) << self.cluster_bits)
     }
+}
+
+/// Bytes of bitmaps, each given by the length of its name and its bytes, with
+/// their tables and the directory.
+pub fn bitmaps_size(cluster_bits: u32, bitmaps: impl Iterator<Item = (usize, u64)>) -> u64 {
+    let mut directory = 0;
+    let mut total = 0;
+    for (name_len, bytes) in bitmaps {
+        let bits = round_up(bytes, cluster_bits);
+        total += bits + round_up((bits >> cluster_bits) * TABLE_ENTRY, cluster_bits);
+        directory += entry_size(name_len);
+    }
+    total + round_up(directory, cluster_bits)
 }
 
 #[cfg(test)]

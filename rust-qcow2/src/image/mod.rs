@@ -17,6 +17,7 @@
 //! metadata writes, `check` verifies and repairs.
 
 mod alloc;
+pub mod bitmaps;
 pub mod check;
 mod cow;
 pub mod create;

@@ -16,6 +16,7 @@ use crate::cache::l2::L2Cache;
 use crate::cache::pool::Pool;
 use crate::chain::view::Links;
 use crate::error::{Error, Result};
+use crate::format::bitmaps::{Directory, EXTENSION as BITMAPS_LENGTH};
 use crate::format::extension::Extensions;
 use crate::format::geometry::{
     Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
@@ -72,12 +73,13 @@ impl<H: Host> Image<H> {
         } else {
             None
         };
-        let extensions = extensions?;
+        let mut extensions = extensions?;
+        let void_bitmaps = drop_void_bitmaps(&host, &header, &geometry, &mut extensions)?;
         refuse_unserved(&header, &extensions, flags)?;
         let backing_file = read_backing_name(&file, &header)?;
 
-        let clear_autoclear =
-            flags.writable && !flags.inactive && !(header.autoclear & !KNOWN_AUTOCLEAR).is_empty();
+        let stale = void_bitmaps || !(header.autoclear & !KNOWN_AUTOCLEAR).is_empty();
+        let clear_autoclear = flags.writable && !flags.inactive && stale;
         if clear_autoclear {
             header.autoclear &= KNOWN_AUTOCLEAR;
         }
@@ -308,6 +310,36 @@ fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String
     }
 }
 
+/// Forgets the bitmaps of an image that was changed by somebody who did not
+/// keep them. Returns whether there were any; the others are validated.
+fn drop_void_bitmaps<H: Host>(
+    host: &H,
+    header: &Header,
+    geometry: &Geometry,
+    extensions: &mut Extensions,
+) -> Result<bool> {
+    let Some(data) = &extensions.bitmaps else {
+        return Ok(false);
+    };
+    if data.len() == BITMAPS_LENGTH && !header.autoclear.contains(Autoclear::BITMAPS) {
+        host.warn(
+            if header.version < 3 {
+                "This qcow2 v2 image contains bitmaps, but they may have been modified by a \
+                 program without persistent bitmap support; so now they must all be considered \
+                 inconsistent"
+            } else {
+                "a program lacking bitmap support modified this file, so all bitmaps are now \
+                 considered inconsistent"
+            },
+            "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.",
+        );
+        extensions.bitmaps = None;
+        return Ok(true);
+    }
+    Directory::parse(data, geometry)?;
+    Ok(false)
+}
+
 /// Refuses images that need what is not served yet, by name.
 fn refuse_unserved(header: &Header, extensions: &Extensions, flags: OpenFlags) -> Result<()> {
     let refuse = |what: &str| {
@@ -335,9 +367,6 @@ fn refuse_unserved(header: &Header, extensions: &Extensions, flags: OpenFlags) -
     }
     if header.nb_snapshots != 0 {
         return refuse("images with internal snapshots");
-    }
-    if extensions.bitmaps.is_some() {
-        return refuse("images with persistent bitmaps");
     }
     Ok(())
 }

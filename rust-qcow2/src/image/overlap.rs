@@ -111,13 +111,21 @@ impl<H: Host> Image<H> {
             }
         };
         range(0, size, MetadataKind::MAIN_HEADER);
-        let (l1_offset, snapshots) = {
+        let (l1_offset, snapshots, bitmaps) = {
             let shared = self.shared.read();
             (
                 shared.header.l1_table_offset,
                 shared.header.snapshots_offset,
+                shared.directory(&self.geometry),
             )
         };
+        if let Some(bitmaps) = bitmaps {
+            range(
+                bitmaps.offset.0,
+                bitmaps.size,
+                MetadataKind::BITMAP_DIRECTORY,
+            );
+        }
         if l1_offset != 0 {
             range(l1_offset, self.l1.len() * 8, MetadataKind::ACTIVE_L1);
         }

@@ -4,10 +4,10 @@
 use super::references::word;
 use super::{Check, strerror};
 use crate::error::{Error, Result};
+use crate::format::bitmaps::TableEntry;
 use crate::format::geometry::{MAX_SNAPSHOTS, MAX_SNAPSHOTS_BYTES};
-use crate::format::header::Autoclear;
 use crate::host::{File, Host};
-use crate::units::{HostOffset, round_up};
+use crate::units::round_up;
 
 /// Bytes of the fixed part of a snapshot table entry.
 const SNAPSHOT_HEADER: u64 = 40;
@@ -15,19 +15,6 @@ const SNAPSHOT_HEADER: u64 = 40;
 const MAX_EXTRA_DATA: u32 = 1024;
 /// The least extra data that version 3 asks for.
 const V3_EXTRA_DATA: u32 = 16;
-
-/// Bytes of the fixed part of a bitmap directory entry.
-const BITMAP_HEADER: usize = 24;
-/// The largest bitmap directory.
-const MAX_BITMAP_DIRECTORY: u64 = 65535 * 1024;
-/// The longest bitmap table, in entries.
-const MAX_BITMAP_TABLE: u64 = 0x800_0000;
-/// Bits of a bitmap table entry that have to be zero.
-const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
-/// Bits of a bitmap table entry that hold an offset.
-const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-/// Bytes of a bitmap table that are read at a time.
-const PIECE: usize = 65536;
 
 /// What a snapshot refers to.
 pub(super) struct Snapshot {
@@ -148,90 +135,25 @@ impl<H: Host> Check<'_, '_, H> {
 
     /// Counts the directory of the bitmaps, their tables and their data.
     pub(super) fn count_bitmaps(&mut self) -> Result<()> {
-        let extension = {
-            let shared = self.image.shared.read();
-            // Without the flag the extension is out of date and void.
-            if !shared.header.autoclear.contains(Autoclear::BITMAPS) {
-                return Ok(());
-            }
-            shared.extensions.bitmaps.clone()
-        };
-        let Some(data) = extension.filter(|data| data.len() >= 24) else {
+        let Some(directory) = self.image.bitmap_directory() else {
             return Ok(());
         };
-        let bitmaps = word(&data, 0) >> 32;
-        let (size, offset) = (word(&data, 1), word(&data, 2));
-        if bitmaps == 0 {
-            return Ok(());
-        }
-        self.count(offset, size)?;
-        let result = self.count_directory(offset, size, bitmaps);
-        if result.is_err() {
-            self.report.corruptions += 1;
-        }
-        result
-    }
-
-    fn count_directory(&mut self, offset: u64, size: u64, bitmaps: u64) -> Result<()> {
-        let broken = || Error::errno(libc::EINVAL);
-        if size == 0 || size > MAX_BITMAP_DIRECTORY {
-            return Err(broken());
-        }
-        let mut directory = vec![0; size as usize];
-        self.image.host.file().read(offset, &mut directory)?;
-        let mut rest = directory.as_slice();
-        let mut found = 0;
-        while !rest.is_empty() {
-            let fixed = rest.get(..BITMAP_HEADER).ok_or_else(broken)?;
-            let (table, sizes, names) = (word(fixed, 0), word(fixed, 1), word(fixed, 2));
-            let entries = sizes >> 32;
-            let (name_len, extra) = (names >> 32 & 0xffff, names & 0xffff_ffff);
-            let len = (BITMAP_HEADER as u64 + name_len).next_multiple_of(8) as usize;
-            let unusable = extra != 0
-                || !(1..=MAX_BITMAP_TABLE).contains(&entries)
-                || !HostOffset(table).is_aligned(self.image.geometry.cluster_bits)
-                || len > rest.len();
-            found += 1;
-            if unusable || found > bitmaps {
-                return Err(broken());
-            }
-            self.count_bitmap_table(table, entries)?;
-            rest = &rest[len..];
-        }
-        if found == bitmaps {
-            Ok(())
-        } else {
-            Err(broken())
-        }
-    }
-
-    fn count_bitmap_table(&mut self, offset: u64, entries: u64) -> Result<()> {
-        let geometry = self.image.geometry;
-        self.count(offset, entries * 8)?;
-        // Beyond the end of the file there are only zeroes.
-        let end = (offset.saturating_add(entries * 8)).min(self.file_len);
-        let mut piece = vec![0; PIECE];
-        let mut at = offset;
-        while at < end {
-            let len = (end - at).min(PIECE as u64) as usize / 8 * 8;
-            if len == 0 {
-                break;
-            }
-            self.image.host.file().read(at, &mut piece[..len])?;
-            for index in 0..len / 8 {
-                let entry = word(&piece, index);
-                let data = HostOffset(entry & BITMAP_OFFSET);
-                let bad = entry & BITMAP_RESERVED != 0
-                    || data.0 != 0 && entry & 1 != 0
-                    || !data.is_aligned(geometry.cluster_bits);
-                if bad {
-                    return Err(Error::errno(libc::EINVAL));
-                }
-                if data.0 != 0 {
-                    self.count(data.0, geometry.cluster_size())?;
+        self.count(directory.offset.0, directory.size)?;
+        let list = self
+            .image
+            .bitmaps()
+            .inspect_err(|_| self.report.corruptions += 1)?;
+        for bitmap in list {
+            self.count(bitmap.table.offset.0, bitmap.table.bytes())?;
+            let table = self
+                .image
+                .read_bitmap_table(bitmap.table)
+                .inspect_err(|_| self.report.corruptions += 1)?;
+            for entry in table {
+                if let TableEntry::Cluster(offset) = entry {
+                    self.count(offset.0, self.image.geometry.cluster_size())?;
                 }
             }
-            at += len as u64;
         }
         Ok(())
     }
