@@ -42,8 +42,10 @@ impl<H: Host> Image<H> {
     /// or not supported. Nothing was written then, but for what a repair did.
     pub fn open(host: H, flags: OpenFlags, request: &OptionRequest) -> Result<Self> {
         let file = host.file();
-        let mut header = read_header(&file)?;
-        let extensions = read_extensions(&file, &header)?;
+        let front =
+            Front::read(&file).map_err(|error| error.context("Could not read qcow2 header"))?;
+        let mut header = read_header(&front)?;
+        let extensions = read_extensions(&front, &header)?;
         header.compression_type()?;
         let unknown = header.incompatible & !KNOWN_INCOMPATIBLE;
         if !unknown.is_empty() {
@@ -76,7 +78,7 @@ impl<H: Host> Image<H> {
         let mut extensions = extensions?;
         let void_bitmaps = drop_void_bitmaps(&host, &header, &geometry, &mut extensions)?;
         refuse_unserved(&header, &extensions, flags)?;
-        let backing_file = read_backing_name(&file, &header)?;
+        let backing_file = read_backing_name(&front, &header)?;
 
         let stale = void_bitmaps || !(header.autoclear & !KNOWN_AUTOCLEAR).is_empty();
         let clear_autoclear = flags.writable && !flags.inactive && stale;
@@ -204,15 +206,45 @@ impl<H: Host> Image<H> {
     }
 }
 
-fn read_header<F: File>(file: &F) -> Result<Header> {
+/// The begin of the file, where header, extensions and the name of the backing
+/// file are: one read for all of them, which counts where a chain has a
+/// thousand files.
+struct Front<'a, F> {
+    file: &'a F,
+    bytes: Vec<u8>,
+}
+
+impl<'a, F: File> Front<'a, F> {
+    const LEN: usize = 4096;
+
+    fn read(file: &'a F) -> Result<Self> {
+        let mut bytes = vec![0; Self::LEN];
+        file.read(0, &mut bytes)?;
+        Ok(Self { file, bytes })
+    }
+
+    /// Copies from memory what is there, and reads anything else.
+    fn get(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let known = usize::try_from(offset)
+            .ok()
+            .and_then(|from| self.bytes.get(from..)?.get(..into.len()));
+        match known {
+            Some(known) => into.copy_from_slice(known),
+            None => self.file.read(offset, into)?,
+        }
+        Ok(())
+    }
+}
+
+fn read_header<F: File>(front: &Front<'_, F>) -> Result<Header> {
     let mut start = [0; V3_LENGTH];
-    file.read(0, &mut start)
-        .map_err(|error| error.context("Could not read qcow2 header"))?;
+    front.get(0, &mut start)?;
     let mut header = Header::parse(&start)?;
     let known = V3_LENGTH as u32;
     if header.header_length > known {
         let mut rest = vec![0; (header.header_length - known) as usize];
-        file.read(V3_LENGTH as u64, &mut rest)
+        front
+            .get(V3_LENGTH as u64, &mut rest)
             .map_err(|error| error.context("Could not read unknown qcow2 header fields"))?;
         header.unknown_fields = rest;
     }
@@ -221,13 +253,13 @@ fn read_header<F: File>(file: &F) -> Result<Header> {
 
 /// The outer error is one of I/O, the inner one of content: it is reported
 /// after others that users expect first.
-fn read_extensions<F: File>(file: &F, header: &Header) -> Result<Result<Extensions>> {
+fn read_extensions<F: File>(front: &Front<'_, F>, header: &Header) -> Result<Result<Extensions>> {
     let start = u64::from(header.header_length);
     let end = header
         .backing_name
         .map_or(1 << header.cluster_bits, |(offset, _)| offset);
     let mut bytes = vec![0; end.saturating_sub(start) as usize];
-    file.read(start, &mut bytes).map_err(|error| {
+    front.get(start, &mut bytes).map_err(|error| {
         error.context(format!(
             "qcow2_read_extension: ERROR: pread fail from offset {start}"
         ))
@@ -288,7 +320,7 @@ pub(super) fn read_table<F: File>(file: &F, offset: u64, entries: u64) -> Result
     Ok(table)
 }
 
-fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String>> {
+fn read_backing_name<F: File>(front: &Front<'_, F>, header: &Header) -> Result<Option<String>> {
     let Some((offset, len)) = header.backing_name else {
         return Ok(None);
     };
@@ -297,7 +329,8 @@ fn read_backing_name<F: File>(file: &F, header: &Header) -> Result<Option<String
         return Err(Error::invalid("Backing file name too long"));
     }
     let mut bytes = vec![0; len as usize];
-    file.read(offset, &mut bytes)
+    front
+        .get(offset, &mut bytes)
         .map_err(|error| error.context("Could not read backing file name"))?;
     let end = bytes
         .iter()
