@@ -26,8 +26,9 @@ const READERS: usize = 16;
 const TRIES: usize = 4;
 
 impl<H: Host> View<H> {
-    /// Fills the slice that `guest` is in. Returns false where layers change
-    /// too fast for that; the caller has to walk through them.
+    /// Fills the slice that `guest` is in, and for a `scan`, which will come to
+    /// them, those around it. Returns false where layers change too fast for
+    /// that; the caller has to walk through them.
     ///
     /// # Errors
     /// Those of the layers' files.
@@ -37,6 +38,7 @@ impl<H: Host> View<H> {
         index: &Index<H>,
         top: &Image<H>,
         guest: GuestOffset,
+        scan: bool,
     ) -> Result<bool> {
         let (slot, _) = index.position(guest);
         for _ in 0..TRIES {
@@ -51,7 +53,7 @@ impl<H: Host> View<H> {
                 index.filled.wait(&mut gate);
                 continue;
             }
-            let (first, count) = self.group(index, slot);
+            let (first, count) = self.group(index, slot, scan);
             index.begin_fill(first, count);
             drop(gate);
             let mut filling = Filling {
@@ -70,12 +72,12 @@ impl<H: Host> View<H> {
     }
 
     /// Which slices to fill when `slot` is needed: it alone at first, its whole
-    /// neighbourhood once another one there is known.
-    fn group(&self, index: &Index<H>, slot: u64) -> (u64, u64) {
+    /// neighbourhood for a scan and once another one there is known.
+    fn group(&self, index: &Index<H>, slot: u64, scan: bool) -> (u64, u64) {
         let first = slot / GROUP * GROUP;
         let count = GROUP.min(index.slots() - first);
-        let in_use = (first..first + count).any(|slot| index.peek(slot).is_some());
-        if in_use && !index.is_filling(first, count) {
+        let in_use = |slot| index.peek(slot).is_some();
+        if (scan || (first..first + count).any(in_use)) && !index.is_filling(first, count) {
             (first, count)
         } else {
             (slot, 1)
@@ -267,6 +269,10 @@ impl Work {
         let cluster_bits = image.geometry().cluster_bits;
         let steps = 1u64 << (cluster_bits - self.bits);
         for (entry, number) in table.iter().zip(0u64..) {
+            // By far the most in the tables of a long chain.
+            if *entry == L2Entry::UNALLOCATED {
+                continue;
+            }
             let mapping = if image.is_bad_entry(*entry) {
                 None
             } else {

@@ -268,6 +268,13 @@ impl<H: Host> Index<H> {
         Some(guard)
     }
 
+    /// The slice in a slot, if it is there and covers layer number `layer`.
+    pub(super) fn get_above(&self, slot: u64, layer: usize) -> Option<Guard<Option<Arc<Slice>>>> {
+        let guard = self.slot(slot)?.load();
+        guard.as_ref().filter(|slice| slice.covers > layer)?;
+        Some(guard)
+    }
+
     /// The slice in a slot, whatever it covers.
     pub(super) fn peek(&self, slot: u64) -> Option<Arc<Slice>> {
         self.slot(slot)?.load_full()

@@ -58,7 +58,7 @@ impl<H: Host> Image<H> {
                 Some(index) => match index.layer_of(guest, len, view.layers.len(), lowest) {
                     Some((Target::Layer(layer), len)) => (layer, len),
                     Some((Target::AskFrom(layer), len)) => walk(&view, layer + 1, guest, len)?,
-                    None if view.fill(index, self, guest)? => continue,
+                    None if view.fill(index, self, guest, true)? => continue,
                     None => walk(&view, view.layers.len(), guest, len)?,
                 },
             };

@@ -13,6 +13,7 @@ use super::stats::ReadCounters;
 use crate::cache::pool::Pool;
 use crate::host::Host;
 use crate::image::Image;
+use crate::units::{GuestOffset, HostOffset};
 
 /// A chain of layers as seen from the image on top of it, at one generation of
 /// the graph.
@@ -105,6 +106,22 @@ impl<H: Host> Links<H> {
                 f(&index, *number);
             }
         }
+    }
+
+    /// Data of this image at `guest`, as an index above knows it: the place and
+    /// how many of the `len` bytes are there in one piece.
+    pub(crate) fn data_known_above(
+        &self,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Option<(HostOffset, u64)> {
+        if !self.watched.load(Ordering::SeqCst) {
+            return None;
+        }
+        let watchers = self.watchers.read();
+        watchers
+            .iter()
+            .find_map(|(index, number)| index.upgrade()?.data_of(*number, guest, len))
     }
 
     /// Tells those who have looked this image up that `len` guest bytes from

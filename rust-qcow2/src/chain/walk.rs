@@ -129,7 +129,7 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
             let view = Guard::into_inner(view);
             let Some(index) = &view.index else { continue };
             reads.miss();
-            if !view.fill(index, top, guest)? {
+            if !view.fill(index, top, guest, false)? {
                 return walk(top, &view, view.layers.len(), guest, len);
             }
             continue;
@@ -192,8 +192,35 @@ impl<H: Host> Index<H> {
     /// where the index does not know it for `layers` layers.
     #[inline]
     pub(super) fn look_up(&self, guest: GuestOffset, len: u64, layers: usize) -> Option<Known> {
-        let (slot, at) = self.position(guest);
-        let guard = self.get(slot, layers)?;
+        let (slot, _) = self.position(guest);
+        self.run_in(self.get(slot, layers)?, guest, len)
+    }
+
+    /// Where data are, `len` > 0 bytes at `guest` as far as one run goes, that
+    /// layer number `layer` is known to have.
+    pub(super) fn data_of(
+        &self,
+        layer: usize,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Option<(HostOffset, u64)> {
+        let len = len.min(self.end().checked_sub(guest.0)?);
+        let (slot, _) = self.position(guest);
+        let known = self.run_in(self.get_above(slot, layer)?, guest, len)?;
+        match known.resolved {
+            Resolved::Data(of, host) if of == layer && known.len > 0 => Some((host, known.len)),
+            _ => None,
+        }
+    }
+
+    #[inline]
+    fn run_in(
+        &self,
+        guard: Guard<Option<Arc<Slice>>>,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Option<Known> {
+        let (_, at) = self.position(guest);
         let slice = guard.as_ref()?;
         let bits = self.bits();
         let within = guest.within(bits);

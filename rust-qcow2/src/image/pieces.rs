@@ -77,9 +77,11 @@ impl<H: Host> Image<H> {
             }));
         }
         // What is cached may be newer than the file.
-        for (entry, index) in entries.iter_mut().zip(first..) {
-            if let Some(slice) = &cached[index / per_slice - first / per_slice] {
-                *entry = slice.get(index % per_slice);
+        if cached.iter().any(Option::is_some) {
+            for (entry, index) in entries.iter_mut().zip(first..) {
+                if let Some(slice) = &cached[index / per_slice - first / per_slice] {
+                    *entry = slice.get(index % per_slice);
+                }
             }
         }
         if self.l1.get(piece.l1_index) == piece.l1_entry {

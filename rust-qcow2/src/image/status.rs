@@ -41,19 +41,18 @@ impl<H: Host> Image<H> {
     /// # Errors
     /// Those of the file, `EIO` for damaged tables.
     pub fn block_status(&self, guest: GuestOffset, len: u64) -> Result<BlockStatus> {
-        let run = self.lookup(guest, len)?;
-        let kind = match run.mapping {
+        let (mapping, mut len_known) = self.mapping_at(guest, len)?;
+        let kind = match mapping {
             Mapping::Unallocated => StatusKind::Unallocated,
             Mapping::ZeroPlain => StatusKind::Zero { host: None },
             Mapping::ZeroAllocated(host) => StatusKind::Zero { host: Some(host) },
             Mapping::Normal(host) => StatusKind::Data(host),
             Mapping::Compressed => StatusKind::Compressed,
         };
-        let mut len_known = run.len;
         // Runs end at slices; a status goes on while the kind stays.
         while len_known < len {
-            let next = self.lookup(guest.add(len_known), len - len_known)?;
-            let continues = match (kind, next.mapping) {
+            let (next, next_len) = self.mapping_at(guest.add(len_known), len - len_known)?;
+            let continues = match (kind, next) {
                 (StatusKind::Unallocated, Mapping::Unallocated)
                 | (StatusKind::Zero { host: None }, Mapping::ZeroPlain) => true,
                 (StatusKind::Zero { host: Some(host) }, Mapping::ZeroAllocated(other))
@@ -63,7 +62,7 @@ impl<H: Host> Image<H> {
             if !continues {
                 break;
             }
-            len_known += next.len;
+            len_known += next_len;
         }
         // Looked up for any kind, so that the first status takes its time when
         // nobody depends on the order of events yet, as with the C driver.
@@ -73,6 +72,20 @@ impl<H: Host> Image<H> {
             kind,
             sparse,
         })
+    }
+
+    /// What is at `guest`, as far as one run goes. An index above that found
+    /// data here spares the layer to load its table for it: that is where the
+    /// status of a long chain comes from.
+    fn mapping_at(&self, guest: GuestOffset, len: u64) -> Result<(Mapping, u64)> {
+        if let Some(run) = self.lookup_fast(guest, len) {
+            return Ok((run.mapping, run.len));
+        }
+        if let Some((host, len)) = self.links().data_known_above(guest, len) {
+            return Ok((Mapping::Normal(host), len));
+        }
+        let run = self.lookup(guest, len)?;
+        Ok((run.mapping, run.len))
     }
 
     /// Whether notably more clusters are counted than the storage holds. Looked
