@@ -89,7 +89,7 @@ impl Child {
 /// Offsets and lengths are signed in QEMU.
 #[inline]
 fn signed(number: u64) -> Result<i64> {
-    i64::try_from(number).map_err(|_| Error::errno(libc::EINVAL))
+    i64::try_from(number).map_err(|_| Error::errno(libc::EIO))
 }
 
 /// Number of bytes in memory.

@@ -44,8 +44,16 @@ pub(super) unsafe fn load(bs: *mut sys::BlockDriverState, image: &Image<Qemu>) -
 /// As for [`load`], in a coroutine.
 unsafe fn load_all(bs: *mut sys::BlockDriverState, image: &Image<Qemu>) -> Result<()> {
     let mut made = Made(Vec::new());
-    let mut memory = 0;
-    for entry in image.bitmaps()? {
+    let list = image.bitmaps()?;
+    let memory =
+        |entry: &Bitmap| bytes_needed(image.size(), entry.granularity_in_memory(image.size()));
+    if list.iter().map(memory).sum::<u64>() > MAX_MEMORY {
+        return Err(Error::new(
+            libc::ENOMEM,
+            "The persistent bitmaps take more than 8 GiB of memory",
+        ));
+    }
+    for entry in list {
         let name = CString::new(entry.name.as_slice()).unwrap_or_default();
         // Of a bitmap that came by migration the image has an old state.
         // SAFETY: promised by the caller.
@@ -53,13 +61,6 @@ unsafe fn load_all(bs: *mut sys::BlockDriverState, image: &Image<Qemu>) -> Resul
             continue;
         }
         let granularity_bits = entry.granularity_in_memory(image.size());
-        memory += bytes_needed(image.size(), granularity_bits);
-        if memory > MAX_MEMORY {
-            return Err(Error::new(
-                libc::ENOMEM,
-                "The persistent bitmaps take more than 8 GiB of memory",
-            ));
-        }
         // SAFETY: promised by the caller.
         let bitmap = unsafe { make(bs, &name, granularity_bits)? };
         made.0.push(bitmap);
@@ -288,30 +289,42 @@ unsafe fn readonly_bitmap(
 }
 
 /// Checks that the bitmaps do not stand against a resize: all of them have to
-/// be in memory, where QEMU resizes them.
+/// be in memory, where QEMU resizes them. Returns zero, or a negative error
+/// number with `errp` set.
 ///
 /// # Safety
-/// Called in a callback of the driver for `bs`, in a coroutine.
+/// Called in a callback of the driver for `bs`, in a coroutine; `errp` is null
+/// or not set.
 pub(super) unsafe fn check_resize(
     bs: *mut sys::BlockDriverState,
-    image: &Image<Qemu>,
-) -> Result<()> {
-    for entry in image.bitmaps()? {
+    node: &Node,
+    errp: ErrorPtr,
+) -> c_int {
+    // SAFETY: promised by the caller.
+    let refuse = |error: &Error| unsafe {
+        error::set(errp, error, "Cannot resize the bitmaps");
+        -libc::ENOTSUP
+    };
+    let list = match node.serve(Access::Read, Image::bitmaps) {
+        Ok(list) => list,
+        Err(error) => return refuse(&error),
+    };
+    for entry in list {
         let name = CString::new(entry.name).unwrap_or_default();
         // SAFETY: promised by the caller.
         let Some(bitmap) = (unsafe { Memory::find(bs, &name) }) else {
-            return Err(Error::unsupported(
+            return refuse(&Error::unsupported(
                 "Cannot resize qcow2 with persistent bitmaps that were not loaded into memory",
             ));
         };
         let flags = sys::BDRV_BITMAP_BUSY | sys::BDRV_BITMAP_RO | sys::BDRV_BITMAP_INCONSISTENT;
-        caught(|errp| {
-            // SAFETY: the bitmap is alive.
-            let bad = unsafe { sys::bdrv_dirty_bitmap_check(bitmap.bitmap, flags, errp) };
-            if bad == 0 { 0 } else { -libc::ENOTSUP }
-        })?;
+        // SAFETY: the bitmap is alive. What is said comes with advice, so that
+        // it goes to the caller as it is.
+        if unsafe { sys::bdrv_dirty_bitmap_check(bitmap.bitmap, flags, errp) } != 0 {
+            return -libc::ENOTSUP;
+        }
     }
-    Ok(())
+    0
 }
 
 /// Bytes that the persistent bitmaps of a node take in an image.

@@ -29,10 +29,13 @@ pub(super) unsafe extern "C" fn truncate(
     let Some(node) = (unsafe { Node::of(bs) }) else {
         return -libc::ENOMEDIUM;
     };
+    // SAFETY: as above; errp comes from QEMU and is not set.
+    let refused = unsafe { bitmaps::check_resize(bs, node, errp) };
+    if refused < 0 {
+        return refused;
+    }
     let result = node.serve(Access::Write, |image| {
         let size = u64::try_from(size).map_err(|_| Error::errno(libc::EINVAL))?;
-        // SAFETY: as above.
-        unsafe { bitmaps::check_resize(bs, image)? };
         image.resize(size, exact, preallocation(mode)?, zero_new)?;
         Ok(size)
     });
