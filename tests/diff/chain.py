@@ -6,7 +6,7 @@ import re
 import struct
 import zlib
 
-from . import programs
+from . import bitmaps, programs
 from .programs import Mismatch
 from .runs import Runs
 
@@ -27,6 +27,8 @@ class Layer:
         # The end is within a cluster, and the rest of that may hold something
         # else than zeroes: it was cut off, or copied from a longer backing file.
         self.cut = False
+        # The bits in its bitmaps need not be the same on both sides.
+        self.bits_differ = False
         self.content = Runs(size)
 
     @property
@@ -345,6 +347,9 @@ class Chain:
         if self.injected or kind in (None, 'lost-write') or self.top.kind != 'qcow2':
             return
         path = os.path.join(self.directories[0], self.top.name)
+        if kind == 'bitmap':
+            self.injected = not self.top.bits_differ and bitmaps.spoil(path)
+            return
         with open(path, 'r+b') as file:
             image = Tables(file)
             if kind == 'name':
@@ -435,6 +440,8 @@ class Chain:
         for side in (0, 1):
             for layer in self.layers if thorough else [self.top]:
                 self.check_layer(side, layer)
+        for layer in self.layers if thorough else [self.top]:
+            bitmaps.compare(self, layer)
         # Each side by the driver that did not write it, at the least.
         self.verify_layer(driver, 0, self.top)
         self.verify_layer(oracle, 0, self.top)

@@ -7,6 +7,7 @@ only, so that a sequence can be replayed, and with operations left out.
 import os
 import shutil
 
+from .bitmaps import bitmap
 from .chain import KIB, MIB, Chain, Layer, check_run
 from .programs import Mismatch
 
@@ -314,6 +315,8 @@ def commit(chain, rng):
             raise Mismatch(f'committing {top.name} to {base.name} failed')
         return
     base.content.overlay(top.content)
+    # How much of what is zero is written depends on what is allocated.
+    base.bits_differ = True
     base.preallocated = base.preallocated or top.preallocated
     # A commit into a raw file or one with other clusters leaves something
     # else than the model of allocation knows, but both sides do the same.
@@ -559,7 +562,7 @@ def wound(path, rng):
 
 OPERATIONS = {
     write: 30, zero: 10, discard: 9, read: 9, read_all: 3, parallel: 8, flush: 3, truncate: 5, inspect: 3,
-    reopen: 8, snapshot: 7, commit: 4, rebase: 2, convert: 2, measure: 1, crash: 3, repair: 2,
+    reopen: 8, bitmap: 6, snapshot: 7, commit: 4, rebase: 2, convert: 2, measure: 1, crash: 3, repair: 2,
 }
 BY_NAME = {operation.__name__: operation for operation in OPERATIONS}
 

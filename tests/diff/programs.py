@@ -149,7 +149,8 @@ def parse(text):
 
 
 def without_paths(text, *directories):
-    """Text without the directories' names."""
+    """Text without the directories' names and those that QEMU makes up."""
+    text = re.sub(r'#block\d+', 'NODE', text)
     for directory in directories:
         text = text.replace(directory + '/', '')
     return re.sub(r'^qemu-(img|io): ', '', text, flags=re.M)
