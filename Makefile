@@ -9,8 +9,8 @@ help:
 	@echo 'make check    every test: format, lints, unit, differential, iotests'
 	@echo 'make iotests  the iotests only'
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
-	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use; then'
-	@echo '              random operations beside the C driver, for 4 hours'
+	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use; one of'
+	@echo '              10,000; then random operations beside the C driver, 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
 	@echo 'make build    the patched programs, in build/bin'
@@ -47,6 +47,7 @@ bench: deps
 
 soak:
 	tests/soak
+	RQCOW2_LAYERS=10000 ci/iotests --own rqcow2-deepest --timeout 3600
 	tests/differential --time 14400
 
 clean:

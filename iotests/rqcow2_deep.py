@@ -21,6 +21,8 @@ FILES = 2 * LAYERS + 500
 class DeepCase(Case):
     """A chain, made anew for each test."""
 
+    layers = LAYERS
+
     def setUp(self):
         super().setUp()
         self.daemon = self.guest = None
@@ -28,11 +30,11 @@ class DeepCase(Case):
         self.rng = random.Random(self.id())
         self.directory = os.path.join(iotests.test_dir, 'deep')
         flat = self.path('flat')
-        done = subprocess.run([os.path.join(ROOT, 'tools', 'make-chain.py'), self.directory, '--layers', str(LAYERS),
+        done = subprocess.run([os.path.join(ROOT, 'tools', 'make-chain.py'), self.directory, '--layers', str(self.layers),
                                '--disk', str(SIZE), '--cluster-size', str(CLUSTER), '--data-per-layer', '32K',
                                '--zeroes-per-layer', '16K', '--place', 'deal', '--flat', flat],
                               check=True, stdout=subprocess.PIPE, text=True)
-        self.names = [os.path.join(self.directory, f'l{number}.qcow2') for number in range(LAYERS)]
+        self.names = [os.path.join(self.directory, f'l{number}.qcow2') for number in range(self.layers)]
         self.assertEqual(done.stdout.strip(), self.names[-1])
         self.flat = flat
 
@@ -116,12 +118,12 @@ class DeepCase(Case):
         img('compare', '-f', driver, '-F', 'raw', path, raw)
 
 
-def main():
+def main(files=FILES):
     """Runs the tests of a file. The other driver would crash."""
     only_rust()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] != resource.RLIM_INFINITY and limits[1] < FILES:
-        iotests.notrun(f'{FILES} open files needed, the limit is {limits[1]}')
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(FILES, limits[0]), limits[1]))
+    if limits[1] != resource.RLIM_INFINITY and limits[1] < files:
+        iotests.notrun(f'{files} open files needed, the limit is {limits[1]}')
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, limits[0]), limits[1]))
     iotests.main(supported_fmts=['qcow2'], supported_protocols=['file'],
                  unsupported_imgopts=['data_file', 'compat', 'encrypt'])

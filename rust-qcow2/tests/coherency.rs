@@ -106,8 +106,14 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Fewer where each of them takes long.
+fn cases() -> u32 {
+    let asked = std::env::var("PROPTEST_CASES").ok();
+    asked.and_then(|text| text.parse().ok()).unwrap_or(200)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
 
     #[test]
     fn no_layer_reads_what_was_before(steps in prop::collection::vec(step(), 1..60)) {
