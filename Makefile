@@ -2,7 +2,7 @@
 # alone; each script says in its head what it does and which environment
 # variables it knows. Parallelism: RQCOW2_JOBS, default all CPUs.
 
-.PHONY: help deps build stock plain demo check iotests bench soak clean
+.PHONY: help deps build tool stock plain demo check iotests bench soak clean
 
 help:
 	@echo 'make demo     from nothing to a guest on a chain of 300 layers, and what it costs'
@@ -14,6 +14,7 @@ help:
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
 	@echo 'make build    the patched programs, in build/bin'
+	@echo 'make tool     qcow2-chain, its man pages and completions, in build/bin and build/share'
 	@echo 'make stock    the unpatched programs, same configuration, in build/stock/bin'
 	@echo 'make plain    the patched tree with the driver left out, in build/plain/bin'
 	@echo 'make clean    removes build/ and target/; the cache stays'
@@ -25,6 +26,9 @@ deps:
 
 build: deps
 	ci/build
+
+tool:
+	ci/tool
 
 stock: deps
 	ci/build stock

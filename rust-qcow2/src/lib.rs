@@ -12,6 +12,7 @@ pub mod error;
 pub mod format;
 pub mod host;
 pub mod image;
+pub mod inspect;
 mod shard;
 pub mod units;
 

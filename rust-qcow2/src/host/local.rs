@@ -151,8 +151,22 @@ impl super::File for LocalFile {
         Ok(self.0.set_len(len)?)
     }
 
-    fn content(&self, _offset: u64, len: u64, _precise: bool) -> Result<(Content, u64)> {
-        Ok((Content::Data, len))
+    fn content(&self, offset: u64, len: u64, precise: bool) -> Result<(Content, u64)> {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        if !precise || len == 0 {
+            return Ok((Content::Data, len));
+        }
+        match seek(&*self.0, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Ok((Content::Zero, len.min(data - offset))),
+            Ok(_) => match seek(&*self.0, SeekFrom::Hole(offset)) {
+                Ok(hole) if hole > offset => Ok((Content::Data, len.min(hole - offset))),
+                // The file changes, or holes are not known here.
+                _ => Ok((Content::Data, len)),
+            },
+            Err(Errno::NXIO) => Ok((Content::Zero, len)),
+            Err(_) => Ok((Content::Data, len)),
+        }
     }
 }
 

@@ -27,7 +27,7 @@ mod inflight;
 mod l1;
 mod map;
 pub mod measure;
-mod open;
+pub(crate) mod open;
 mod options;
 mod overlap;
 mod pieces;

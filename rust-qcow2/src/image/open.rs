@@ -251,6 +251,16 @@ fn read_header<F: File>(front: &Front<'_, F>) -> Result<Header> {
     Ok(header)
 }
 
+/// Everything that the first cluster says, the name of the backing file
+/// included, for whoever does not open the image.
+pub(crate) fn read_first<F: File>(file: &F) -> Result<(Header, Extensions, Option<String>)> {
+    let front = Front::read(file).map_err(|error| error.context("Could not read qcow2 header"))?;
+    let header = read_header(&front)?;
+    let extensions = read_extensions(&front, &header)??;
+    let backing_file = read_backing_name(&front, &header)?;
+    Ok((header, extensions, backing_file))
+}
+
 /// The outer error is one of I/O, the inner one of content: it is reported
 /// after others that users expect first.
 fn read_extensions<F: File>(front: &Front<'_, F>, header: &Header) -> Result<Result<Extensions>> {

@@ -1,0 +1,103 @@
+//! What a chain of this length is going to meet.
+
+use rustix::process::{Resource, getrlimit};
+
+use super::Finding;
+use crate::chain::Chain;
+
+/// libvirt describes no longer chain.
+const LIBVIRT: usize = 200;
+/// Layers at which a read overflows the coroutine stack of unpatched QEMU:
+/// 1 MiB, and 1.2 KiB for each layer.
+const STACK: usize = 870;
+/// What helps.
+const MERGE: &str = "block-commit or qemu-img commit merge layers";
+/// Files that QEMU has open besides the layers, roughly.
+const OTHER_FILES: u64 = 64;
+
+/// Checks all limits that are known.
+pub fn check(chain: &Chain, findings: &mut Vec<Finding>) {
+    let depth = chain.layers.len();
+
+    let limit = getrlimit(Resource::Nofile);
+    if let Some(finding) = files(depth as u64 + OTHER_FILES, limit.current, limit.maximum) {
+        findings.push(finding);
+    }
+    if depth > LIBVIRT {
+        findings.push(
+            Finding::warning(
+                "limit-libvirt",
+                format!("{depth} layers; libvirt refuses chains of more than {LIBVIRT}"),
+            )
+            .advice(MERGE),
+        );
+    } else if ahead(depth, LIBVIRT) {
+        findings.push(
+            Finding::note(
+                "limit-libvirt",
+                format!("{depth} layers; libvirt refuses chains of more than {LIBVIRT}"),
+            )
+            .advice(MERGE),
+        );
+    }
+    if depth >= STACK {
+        findings.push(
+            Finding::warning(
+                "limit-stack",
+                format!("{depth} layers; QEMU's own qcow2 driver crashes on a read through about {STACK}"),
+            )
+            .advice("the driver rqcow2 reads chains of any length"),
+        );
+    } else if ahead(depth, STACK) {
+        findings.push(Finding::note(
+            "limit-stack",
+            format!(
+                "{depth} layers; QEMU's own qcow2 driver crashes on a read through about {STACK}"
+            ),
+        ));
+    }
+}
+
+/// More than three quarters of a limit.
+fn ahead(count: usize, limit: usize) -> bool {
+    count * 4 > limit * 3
+}
+
+fn files(needed: u64, soft: Option<u64>, hard: Option<u64>) -> Option<Finding> {
+    let soft = soft?;
+    let want = (2 * needed).next_power_of_two();
+    let text =
+        format!("QEMU needs about {needed} open files for this chain, {soft} are allowed here");
+    if needed <= soft {
+        let close = needed * 4 > soft * 3;
+        return close
+            .then(|| Finding::note("limit-files", text).command(format!("ulimit -n {want}")));
+    }
+    let finding = Finding::warning("limit-files", text);
+    Some(match hard {
+        Some(hard) if hard < needed => finding
+            .command(format!("prlimit --pid $$ --nofile={want}:{want}"))
+            .advice("as root; for a service LimitNOFILE= in its unit"),
+        _ => finding.command(format!("ulimit -n {}", hard.map_or(want, |h| want.min(h)))),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Severity;
+
+    #[test]
+    fn open_files() {
+        assert!(files(100, Some(1024), None).is_none());
+        assert!(files(100, None, None).is_none());
+        assert_eq!(
+            files(1000, Some(1024), None).unwrap().severity,
+            Severity::Note
+        );
+        let finding = files(2000, Some(1024), Some(4096)).unwrap();
+        assert_eq!(finding.command.unwrap(), "ulimit -n 4096");
+        let finding = files(5000, Some(1024), Some(4096)).unwrap();
+        assert!(finding.command.unwrap().starts_with("prlimit"));
+    }
+}

@@ -1,0 +1,223 @@
+//! Running the tool, and images to run it on.
+#![allow(dead_code, reason = "not every test uses everything")]
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rust_qcow2::format::extension::Extensions;
+use rust_qcow2::format::header::{Autoclear, Compatible, Header, Incompatible};
+use rust_qcow2::format::refcount::RefcountOrder;
+use serde_json::Value;
+
+/// Runs the tool.
+pub fn tool(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_qcow2-chain"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+/// Runs the tool, whose exit code is `code` and which does not panic.
+pub fn expect(code: i32, args: &[&str]) -> String {
+    let output = tool(args);
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(!err.contains("panicked"), "{args:?}: {err}");
+    assert_eq!(output.status.code(), Some(code), "{args:?}\n{out}\n{err}");
+    if code == 1 {
+        err.into_owned()
+    } else {
+        out.into_owned()
+    }
+}
+
+/// Runs the tool with JSON output.
+pub fn json(code: i32, args: &[&str]) -> Value {
+    let mut all = args.to_vec();
+    all.extend(["--output", "json"]);
+    serde_json::from_str(&expect(code, &all)).unwrap()
+}
+
+/// The codes of what `check` finds, in order and each once.
+pub fn codes(report: &Value) -> Vec<String> {
+    let findings = report["findings"].as_array().unwrap();
+    let codes: BTreeSet<_> = findings
+        .iter()
+        .map(|f| f["code"].as_str().unwrap().to_owned())
+        .collect();
+    codes.into_iter().collect()
+}
+
+/// Where the unpatched program is; `None` where it was not built.
+pub fn qemu(name: &str) -> Option<PathBuf> {
+    let dir = std::env::var_os("QCOW2_CHAIN_QEMU").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../build/stock/bin"),
+        PathBuf::from,
+    );
+    let path = dir.join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    assert!(
+        std::env::var_os("QCOW2_CHAIN_QEMU").is_none(),
+        "no {}",
+        path.display()
+    );
+    eprintln!("skipped: no {}", path.display());
+    None
+}
+
+/// Runs one of QEMU's programs.
+pub fn run(program: &Path, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// An image without data.
+pub struct Empty<'a> {
+    pub size: u64,
+    pub backing: Option<&'a str>,
+    pub format: Option<&'a str>,
+}
+
+impl Default for Empty<'_> {
+    fn default() -> Self {
+        Self {
+            size: 1 << 30,
+            backing: None,
+            format: Some("qcow2"),
+        }
+    }
+}
+
+impl Empty<'_> {
+    /// The header that is written.
+    pub fn header(&self) -> Header {
+        Header {
+            version: 3,
+            cluster_bits: 16,
+            size: self.size,
+            backing_name: None,
+            crypt_method: 0,
+            l1_size: self.size.div_ceil(1 << 29) as u32,
+            l1_table_offset: 0x30000,
+            refcount_table_offset: 0x10000,
+            refcount_table_clusters: 1,
+            nb_snapshots: 0,
+            snapshots_offset: 0,
+            incompatible: Incompatible::empty(),
+            compatible: Compatible::empty(),
+            autoclear: Autoclear::empty(),
+            refcount_order: RefcountOrder::BITS_16,
+            header_length: 112,
+            compression: 0,
+            unknown_fields: Vec::new(),
+        }
+    }
+
+    /// Writes it: header, refcount table, refcount block, L1 table.
+    pub fn write(&self, path: &Path) {
+        let extensions = Extensions {
+            backing_format: self
+                .format
+                .filter(|_| self.backing.is_some())
+                .map(Into::into),
+            ..Extensions::default()
+        };
+        let first = extensions.encode(&mut self.header(), self.backing).unwrap();
+        let file = File::create(path).unwrap();
+        // The rest of the cluster is a hole.
+        let used = first.iter().rposition(|b| *b != 0).unwrap() + 1;
+        file.write_all_at(&first[..used], 0).unwrap();
+        file.write_all_at(&0x20000u64.to_be_bytes(), 0x10000)
+            .unwrap();
+        file.write_all_at(&[0, 1, 0, 1, 0, 1, 0, 1], 0x20000)
+            .unwrap();
+        file.set_len(0x40000).unwrap();
+    }
+}
+
+/// A chain of empty layers, `0` the base and the last one the top, which is
+/// returned.
+pub fn empty_chain(dir: &Path, layers: usize) -> String {
+    for number in 0..layers {
+        let below = number.checked_sub(1).map(|below| below.to_string());
+        Empty {
+            backing: below.as_deref(),
+            ..Empty::default()
+        }
+        .write(&dir.join(number.to_string()));
+    }
+    name(&dir.join((layers - 1).to_string()))
+}
+
+/// A path as an argument.
+pub fn name(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+/// All keys of a value with their types, one a line: what programs rely on.
+pub fn shape(value: &Value) -> String {
+    let mut lines = BTreeSet::new();
+    let mut todo = vec![(String::new(), value)];
+    while let Some((path, value)) = todo.pop() {
+        let kind = match value {
+            Value::Null => "null",
+            Value::Bool(_) => "boolean",
+            Value::Number(number) if number.is_f64() => "number",
+            Value::Number(_) => "integer",
+            Value::String(_) => "string",
+            Value::Array(items) => {
+                todo.extend(items.iter().map(|item| (format!("{path}[]"), item)));
+                "array"
+            }
+            Value::Object(map) => {
+                todo.extend(
+                    map.iter()
+                        .map(|(key, item)| (format!("{path}.{key}"), item)),
+                );
+                "object"
+            }
+        };
+        lines.insert(format!("{path} {kind}\n"));
+    }
+    lines.into_iter().collect()
+}
+
+/// Compares the shape with the one that was promised. `QCOW2_CHAIN_BLESS=1`
+/// writes it anew.
+pub fn same_shape(value: &Value, file: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/shapes")
+        .join(file);
+    let found = shape(value);
+    if std::env::var_os("QCOW2_CHAIN_BLESS").is_some() {
+        std::fs::write(&path, &found).unwrap();
+    }
+    let promised = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(found, promised, "{}", path.display());
+}
+
+/// Numbers that look random and are the same every time.
+pub struct Random(pub u64);
+
+impl Random {
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % limit
+    }
+}
