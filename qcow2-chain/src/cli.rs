@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Looks at and checks chains of qcow2 images.
+/// Looks at, checks and builds chains of qcow2 images.
 ///
-/// Needs no QEMU and no privileges. Images are opened for reading only.
+/// Needs no QEMU and no privileges. Images are opened for reading only; the
+/// one command that writes images is `build`.
 #[derive(Debug, Parser)]
 #[command(name = "qcow2-chain", version, max_term_width = 100, after_long_help = EXIT_CODES)]
 pub struct Cli {
@@ -31,6 +32,7 @@ json: names, protocols (nbd:, ssh:, ...) and data files are never followed.";
 pub enum Command {
     View(View),
     Check(Check),
+    Build(Build),
 }
 
 /// Which files may be opened, and what the output is.
@@ -112,4 +114,177 @@ pub struct Check {
 
     /// The image on top
     pub image: PathBuf,
+}
+
+/// A size in bytes, with an optional suffix K, M, G, T, P.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = text[digits.len()..].to_ascii_uppercase();
+    let shift = match unit.trim_end_matches("IB") {
+        "" | "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        "P" => 50,
+        _ => return Err(format!("no unit: {unit}")),
+    };
+    let number: f64 = digits.parse().map_err(|_| "not a number".to_owned())?;
+    let bytes = number * (1u64 << shift) as f64;
+    if !(0.0..=(1u64 << 60) as f64).contains(&bytes) {
+        return Err("out of range".into());
+    }
+    Ok(bytes as u64)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Place {
+    /// Each layer draws on its own; newer layers hide parts of older ones
+    Uniform,
+    /// The shuffled disk is dealt out, no place twice before all were given
+    Deal,
+    /// Few places are written often (see --zipf-exponent)
+    Zipf,
+    /// Each layer goes on where the last one stopped
+    Sequential,
+    /// Hot spots, one of which moves with each layer (see --hot-spots)
+    Ageing,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Codec {
+    Zlib,
+    Zstd,
+}
+
+/// Builds a chain to measure or test with, the same for the same arguments
+///
+/// DIR/l0.qcow2 is the base, the highest number the top, whose path is
+/// printed. What is in a cluster depends on seed, layer and place, so that a
+/// read that ends in the wrong layer or at the wrong offset is seen. Any
+/// qemu-img finds the layers clean.
+#[derive(Args, Debug)]
+#[command(
+    args_override_self = true,
+    after_long_help = "\
+Examples:
+  qcow2-chain build --layers 1000 --disk 16G --data-per-layer 1M chain
+  qcow2-chain build --place ageing --compressed 0.2 --zeroes 0.1 --expected chain.raw chain
+  qcow2-chain build --trace fio.log --layers 50 --base-data 100P --raw-base chain
+
+A trace is a text file whose lines end in `write OFFSET LENGTH` or
+`trim OFFSET LENGTH`, in bytes, like fio's write_iolog. Lines `snapshot` begin
+the next layer; without any the layers get equal parts."
+)]
+pub struct Build {
+    /// Number of files in the chain, the base included
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    pub layers: usize,
+
+    /// Size of the disk
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1G")]
+    pub disk: u64,
+
+    /// Each layer's disk is larger than the one below by this
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    pub grow: u64,
+
+    /// 512 to 2M; of several the layers take turns
+    #[arg(long, value_name = "SIZE", value_parser = size, value_delimiter = ',', default_value = "64K")]
+    pub cluster_size: Vec<u64>,
+
+    /// Clusters that each layer has, rounded up to whole runs
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1M")]
+    pub data_per_layer: u64,
+
+    /// The same for the base; more than the disk fills it
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub base_data: Option<u64>,
+
+    /// The base is a raw image, DIR/l0.raw
+    #[arg(long)]
+    pub raw_base: bool,
+
+    /// Where the data go
+    #[arg(long, value_enum, default_value_t = Place::Uniform)]
+    pub place: Place,
+
+    /// Where the data go, as recorded
+    #[arg(long, value_name = "FILE", conflicts_with = "place")]
+    pub trace: Option<PathBuf>,
+
+    /// The higher, the fewer places are written most
+    #[arg(long, value_name = "S", default_value_t = 1.1)]
+    pub zipf_exponent: f64,
+
+    /// Number of hot spots, each a two hundredth of the disk
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub hot_spots: usize,
+
+    /// Share of the data that goes to hot spots
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    pub hot_share: f64,
+
+    /// Clusters side by side at each place
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub run: u64,
+
+    /// Clusters lie in each file in random order
+    #[arg(long)]
+    pub scatter: bool,
+
+    /// Share of clusters that are compressed
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub compressed: f64,
+
+    /// How they are
+    #[arg(long, value_enum, default_value_t = Codec::Zlib)]
+    pub compression: Codec,
+
+    /// Share of clusters that are zero clusters
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub zeroes: f64,
+
+    /// Images with subclusters
+    #[arg(long)]
+    pub extended_l2: bool,
+
+    /// Share of clusters of which only some subclusters are there
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub subclusters: f64,
+
+    /// Version of the format
+    #[arg(long, value_name = "2|3", default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=3))]
+    pub compat: u32,
+
+    /// Width of the refcounts, 1 to 64
+    #[arg(long, value_name = "BITS", default_value_t = 16)]
+    pub refcount_bits: u32,
+
+    /// Links are absolute names
+    #[arg(long)]
+    pub absolute: bool,
+
+    /// Another seed makes another chain
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+
+    /// Also write what the guest sees into this file, raw and sparse
+    #[arg(long, value_name = "FILE")]
+    pub expected: Option<PathBuf>,
+
+    /// Replace a chain that is in DIR
+    #[arg(long)]
+    pub force: bool,
+
+    /// How the result is printed
+    #[arg(long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+
+    /// No progress on the terminal
+    #[arg(long, short)]
+    pub quiet: bool,
+
+    /// Where the layers go; made if it is not there
+    pub dir: PathBuf,
 }

@@ -1,6 +1,7 @@
-//! Looks at and checks chains of qcow2 images.
+//! Looks at, checks and builds chains of qcow2 images.
 #![forbid(unsafe_code)]
 
+mod build;
 mod chain;
 mod check;
 #[allow(missing_docs, reason = "the comments there are what users read")]
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::View(args) => view::run(&args).map(|()| 0),
         Command::Check(args) => check::run(&args),
+        Command::Build(args) => build::run(&args).map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(code),
