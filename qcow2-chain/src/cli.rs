@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Looks at, checks and builds chains of qcow2 images.
+/// Looks at, checks, plans and builds chains of qcow2 images.
 ///
 /// Needs no QEMU and no privileges. Images are opened for reading only; the
 /// one command that writes images is `build`.
@@ -23,6 +23,7 @@ Exit codes:
   2  the command line was wrong
   3  `check` found something that may become a problem
   4  `check` found an error
+  5  `plan` found no way to reach the goal
 
 Images are not trusted: of the files that a chain names only those in the
 directory of its top are opened, and in directories given with --allow.
@@ -32,6 +33,9 @@ json: names, protocols (nbd:, ssh:, ...) and data files are never followed.";
 pub enum Command {
     View(View),
     Check(Check),
+    Plan(Plan),
+    Top(Top),
+    Metrics(Metrics),
     Build(Build),
 }
 
@@ -287,4 +291,111 @@ pub struct Build {
 
     /// Where the layers go; made if it is not there
     pub dir: PathBuf,
+}
+
+/// How layers are merged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Method {
+    /// Whatever copies less, for each merge
+    Auto,
+    /// Into the lowest layer
+    Commit,
+    /// Into the topmost layer
+    Stream,
+}
+
+/// Plans which neighbouring layers to merge, and what it costs
+///
+/// Merges the neighbours that cost the fewest bytes, again and again, until
+/// the goal is reached. Nothing is changed: the commands for QMP, virsh and
+/// qemu-img are printed. The lowest layer stays as it is, as other chains may
+/// use it, unless --into-base is given.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  qcow2-chain plan --depth 50 top.qcow2
+  qcow2-chain plan --keep-last 7 --domain vm1 --target vda top.qcow2
+  qcow2-chain plan --max-bytes 10G --output json top.qcow2 | jq '.after.layers'
+
+Exit code 5: the goal is not reached, as --keep-last or --max-bytes stand in
+the way of --depth. What can be done is printed all the same.")]
+pub struct Plan {
+    #[command(flatten)]
+    pub common: Common,
+
+    /// At most this many layers are left
+    #[arg(long, value_name = "N")]
+    pub depth: Option<usize>,
+
+    /// The topmost N layers stay as they are; without --depth all that are
+    /// below them become one
+    #[arg(long, value_name = "N")]
+    pub keep_last: Option<usize>,
+
+    /// Copy no more than this; without --depth as few layers as possible
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_bytes: Option<u64>,
+
+    /// The lowest layer may be written to as well
+    #[arg(long)]
+    pub into_base: bool,
+
+    /// Where merged layers go
+    #[arg(long, value_enum, default_value_t = Method::Auto)]
+    pub method: Method,
+
+    /// Device or node name of the disk, for the QMP commands
+    #[arg(long, default_value = "DEVICE")]
+    pub device: String,
+
+    /// Name of the guest, for the virsh commands
+    #[arg(long, default_value = "DOMAIN")]
+    pub domain: String,
+
+    /// Its disk, for the virsh commands
+    #[arg(long, default_value = "TARGET")]
+    pub target: String,
+
+    /// The image on top
+    pub image: PathBuf,
+}
+
+/// Shows what a running guest or storage daemon does with its chains
+///
+/// Asks over a QMP socket, which nobody else may be connected to meanwhile.
+/// Rates and shares are those since the last look, at first since the image
+/// was opened.
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  qemu-system-x86_64 -qmp unix:/run/vm1.qmp,server=on,wait=off ...
+  qcow2-chain top /run/vm1.qmp
+  qcow2-chain top --count 1 --output json /run/vm1.qmp")]
+pub struct Top {
+    /// Seconds between two looks
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 2.0)]
+    pub interval: f64,
+
+    /// End after so many looks
+    #[arg(long, short, value_name = "N")]
+    pub count: Option<u64>,
+
+    /// How the result is printed; JSON is one line for each look
+    #[arg(long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+
+    /// The socket
+    pub socket: PathBuf,
+}
+
+/// Prints the same once in the text format of Prometheus
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  qcow2-chain metrics /run/vm1.qmp
+  qcow2-chain metrics /run/vm1.qmp > /var/lib/node_exporter/vm1.prom.new &&
+    mv /var/lib/node_exporter/vm1.prom.new /var/lib/node_exporter/vm1.prom")]
+pub struct Metrics {
+    /// The socket
+    pub socket: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! Looks at, checks and builds chains of qcow2 images.
+//! Looks at, checks, plans and builds chains of qcow2 images.
 #![forbid(unsafe_code)]
 
 mod build;
@@ -7,6 +7,8 @@ mod check;
 #[allow(missing_docs, reason = "the comments there are what users read")]
 mod cli;
 mod coverage;
+mod live;
+mod plan;
 mod survey;
 mod text;
 mod view;
@@ -26,6 +28,9 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::View(args) => view::run(&args).map(|()| 0),
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Top(args) => live::top(&args).map(|()| 0),
+        Command::Metrics(args) => live::metrics(&args).map(|()| 0),
         Command::Build(args) => build::run(&args).map(|()| 0),
     };
     match result {

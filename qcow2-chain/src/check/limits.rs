@@ -4,20 +4,21 @@ use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
 use crate::chain::Chain;
+use crate::text::quoted;
 
 /// libvirt describes no longer chain.
 const LIBVIRT: usize = 200;
 /// Layers at which a read overflows the coroutine stack of unpatched QEMU:
 /// 1 MiB, and 1.2 KiB for each layer.
 const STACK: usize = 870;
-/// What helps.
-const MERGE: &str = "block-commit or qemu-img commit merge layers";
 /// Files that QEMU has open besides the layers, roughly.
 const OTHER_FILES: u64 = 64;
 
 /// Checks all limits that are known.
 pub fn check(chain: &Chain, findings: &mut Vec<Finding>) {
     let depth = chain.layers.len();
+    let top = chain.layers[0].path.display().to_string();
+    let plan = |depth: usize| format!("qcow2-chain plan --depth {depth} {}", quoted(&top));
 
     let limit = getrlimit(Resource::Nofile);
     if let Some(finding) = files(depth as u64 + OTHER_FILES, limit.current, limit.maximum) {
@@ -29,7 +30,7 @@ pub fn check(chain: &Chain, findings: &mut Vec<Finding>) {
                 "limit-libvirt",
                 format!("{depth} layers; libvirt refuses chains of more than {LIBVIRT}"),
             )
-            .advice(MERGE),
+            .command(plan(LIBVIRT)),
         );
     } else if ahead(depth, LIBVIRT) {
         findings.push(
@@ -37,7 +38,7 @@ pub fn check(chain: &Chain, findings: &mut Vec<Finding>) {
                 "limit-libvirt",
                 format!("{depth} layers; libvirt refuses chains of more than {LIBVIRT}"),
             )
-            .advice(MERGE),
+            .command(plan(LIBVIRT / 2)),
         );
     }
     if depth >= STACK {
@@ -46,15 +47,17 @@ pub fn check(chain: &Chain, findings: &mut Vec<Finding>) {
                 "limit-stack",
                 format!("{depth} layers; QEMU's own qcow2 driver crashes on a read through about {STACK}"),
             )
+            .command(plan(LIBVIRT))
             .advice("the driver rqcow2 reads chains of any length"),
         );
     } else if ahead(depth, STACK) {
-        findings.push(Finding::note(
-            "limit-stack",
-            format!(
-                "{depth} layers; QEMU's own qcow2 driver crashes on a read through about {STACK}"
-            ),
-        ));
+        findings.push(
+            Finding::note(
+                "limit-stack",
+                format!("{depth} layers; QEMU's own qcow2 driver crashes on a read through about {STACK}"),
+            )
+            .command(plan(LIBVIRT)),
+        );
     }
 }
 

@@ -1,0 +1,277 @@
+//! `plan`: which neighbouring layers to merge.
+
+mod commands;
+mod merge;
+mod segments;
+
+use std::io::{self, Write};
+
+use anyhow::{Result, ensure};
+use serde::Serialize;
+
+use crate::chain::{Chain, End, Kind};
+use crate::cli::{Method, Output, Plan};
+use crate::survey::{LayerFigures, Piece, survey};
+use crate::text::{self, Progress, bytes, printable};
+use commands::Commands;
+use merge::{Group, Limits, merge};
+use segments::{Segment, Segments};
+
+/// `plan` found no way to reach the goal.
+const UNREACHED: u8 = 5;
+/// Stretches of data that are held in memory.
+const MAX_SEGMENTS: usize = 20_000_000;
+
+/// The whole answer. Keys are added, never changed.
+#[derive(Serialize)]
+struct Report {
+    image: String,
+    goal_reached: bool,
+    /// Bytes that the merges copy.
+    bytes_to_copy: u64,
+    /// Bytes of the files that are not needed afterwards, less those copied.
+    bytes_freed: i64,
+    before: State,
+    after: State,
+    merges: Vec<Merge>,
+}
+
+/// The chain before or after.
+#[derive(Serialize)]
+struct State {
+    layers: usize,
+    /// Of the bytes of data that the guest sees.
+    mean_depth: f64,
+    /// L2 tables of all layers: what unpatched QEMU caches at most.
+    l2_table_bytes: u64,
+}
+
+/// One merge.
+#[derive(Serialize)]
+struct Merge {
+    /// Depths before anything was merged.
+    top: usize,
+    bottom: usize,
+    layers: usize,
+    /// Everything goes into the lowest layer, or into the topmost one.
+    method: &'static str,
+    bytes: u64,
+    /// The file that stays.
+    into: String,
+    /// The files that are not needed afterwards.
+    dropped: Vec<String>,
+    commands: Commands,
+}
+
+/// Carries the command out; the result is the exit code.
+pub fn run(args: &Plan) -> Result<u8> {
+    ensure!(
+        args.depth.is_some() || args.keep_last.is_some() || args.max_bytes.is_some(),
+        "what for? give --depth, --keep-last or --max-bytes"
+    );
+    let chain = Chain::open(&args.image, &args.common.policy()?)?;
+    ensure!(
+        matches!(chain.end, End::Complete),
+        "the chain is not complete: {}",
+        chain.end
+    );
+    let (layers, figures) = read(&chain, args.common.quiet)?;
+    let count = layers.len();
+    // The layers from `first` up to `last`, which is not one of them, may be merged.
+    let first = args.keep_last.unwrap_or(0).min(count);
+    let writable = |depth: usize| matches!(chain.layers[depth].kind, Kind::Qcow2(_));
+    let base_stays = !args.into_base || !writable(count - 1);
+    let last = (count - usize::from(base_stays)).max(first);
+    let limits = Limits {
+        depth: args.depth.unwrap_or(match args.keep_last {
+            Some(_) => first + 1 + usize::from(base_stays),
+            None => 1,
+        }),
+        bytes: args.max_bytes.unwrap_or(u64::MAX),
+    };
+    let groups = layers.into_iter().enumerate().take(last).skip(first);
+    let groups = groups
+        .map(|(depth, layer)| Group::new(depth, layer))
+        .collect();
+    let groups = merge(groups, count - (last - first), limits);
+    let report = report(
+        args,
+        &chain,
+        &figures,
+        &groups,
+        count - (last - first),
+        limits,
+    );
+    match args.common.output {
+        Output::Json => text::print_json(&report)?,
+        Output::Table => print(&report)?,
+    }
+    Ok(if report.goal_reached { 0 } else { UNREACHED })
+}
+
+/// What each layer decides.
+fn read(chain: &Chain, quiet: bool) -> Result<(Vec<Segments>, Vec<LayerFigures>)> {
+    let mut layers = vec![Segments::default(); chain.layers.len()];
+    let mut total = 0;
+    let bar = Progress::new("reading tables", layers.len(), quiet);
+    let found = survey(
+        chain,
+        &mut |piece: Piece| {
+            // Visible parts are told as well, and are no more.
+            if !piece.visible && total < MAX_SEGMENTS {
+                let layer: &mut Segments = &mut layers[piece.depth];
+                let before = layer.len();
+                layer.push(Segment {
+                    start: piece.start,
+                    end: piece.start + piece.len,
+                    data: piece.data,
+                });
+                total += layer.len() - before;
+            }
+        },
+        &mut |done| bar.at(done),
+    )?;
+    ensure!(
+        total < MAX_SEGMENTS,
+        "more than {MAX_SEGMENTS} stretches of data: too fragmented to plan"
+    );
+    Ok((layers, found.layers))
+}
+
+fn report(
+    args: &Plan,
+    chain: &Chain,
+    figures: &[LayerFigures],
+    groups: &[Group],
+    fixed: usize,
+    limits: Limits,
+) -> Report {
+    let file = |depth: usize| chain.layers[depth].real.display().to_string();
+    let mut merges = Vec::new();
+    let mut freed = 0i64;
+    let mut saved_tables = 0;
+    // Layers that become one with the layer above of them.
+    let mut joined = vec![false; chain.layers.len()];
+    for group in groups.iter().filter(|group| group.layers() > 1) {
+        let method = method(args.method, group);
+        let (into, bytes) = match method {
+            Method::Stream => (group.top, group.stream_bytes()),
+            _ => (group.bottom, group.commit_bytes()),
+        };
+        let dropped: Vec<_> = (group.top..=group.bottom).filter(|d| *d != into).collect();
+        let cluster = |depth: usize| chain.layers[depth].qcow2().map_or(0, |q| q.cluster_size);
+        for depth in &dropped {
+            freed += chain.layers[*depth].file.allocated as i64;
+            saved_tables += figures[*depth].l2_tables * cluster(*depth);
+        }
+        freed -= bytes as i64;
+        joined[group.top + 1..=group.bottom].fill(true);
+        merges.push(Merge {
+            top: group.top,
+            bottom: group.bottom,
+            layers: group.layers(),
+            method: match method {
+                Method::Stream => "stream",
+                _ => "commit",
+            },
+            bytes,
+            into: file(into),
+            dropped: dropped.into_iter().map(file).collect(),
+            commands: Commands::new(args, chain, group.top, group.bottom, method),
+        });
+    }
+    let tables = |figures: &LayerFigures, depth: usize| {
+        figures.l2_tables * chain.layers[depth].qcow2().map_or(0, |q| q.cluster_size)
+    };
+    let all_tables = figures.iter().enumerate().map(|(d, f)| tables(f, d)).sum();
+    let mean = |joined: &dyn Fn(usize) -> bool| {
+        let (mut depth, mut weighted) = (0, 0.0);
+        for (at, layer) in figures.iter().enumerate() {
+            depth += usize::from(at > 0 && !joined(at));
+            weighted += depth as f64 * layer.visible_bytes as f64;
+        }
+        let visible: u64 = figures.iter().map(|layer| layer.visible_bytes).sum();
+        weighted / visible.max(1) as f64
+    };
+    let layers = groups.len() + fixed;
+    Report {
+        image: args.image.display().to_string(),
+        goal_reached: args.depth.is_none_or(|_| layers <= limits.depth)
+            && args.keep_last.is_none_or(|_| layers <= limits.depth),
+        bytes_to_copy: merges.iter().map(|merge| merge.bytes).sum(),
+        bytes_freed: freed,
+        before: State {
+            layers: chain.layers.len(),
+            mean_depth: mean(&|_| false),
+            l2_table_bytes: all_tables,
+        },
+        after: State {
+            layers,
+            mean_depth: mean(&|depth| joined[depth]),
+            l2_table_bytes: all_tables - saved_tables,
+        },
+        merges,
+    }
+}
+
+fn method(wanted: Method, group: &Group) -> Method {
+    match wanted {
+        Method::Auto if group.stream_bytes() < group.commit_bytes() => Method::Stream,
+        Method::Auto => Method::Commit,
+        wanted => wanted,
+    }
+}
+
+fn print(report: &Report) -> Result<()> {
+    let out = &mut io::stdout().lock();
+    let (before, after) = (&report.before, &report.after);
+    writeln!(
+        out,
+        "{}: {} layers, {} after {} merges that copy {}",
+        printable(&report.image),
+        before.layers,
+        after.layers,
+        report.merges.len(),
+        bytes(report.bytes_to_copy)
+    )?;
+    writeln!(
+        out,
+        "mean depth of data {:.1} -> {:.1}; L2 tables {} -> {}; files smaller by {}",
+        before.mean_depth,
+        after.mean_depth,
+        bytes(before.l2_table_bytes),
+        bytes(after.l2_table_bytes),
+        bytes(report.bytes_freed.max(0).unsigned_abs())
+    )?;
+    if !report.goal_reached {
+        writeln!(out, "The goal is not reached with these limits.")?;
+    }
+    if !report.merges.is_empty() {
+        writeln!(
+            out,
+            "No other image may have the layers below as its backing file, and the commands for a\n\
+             program that runs and those for qemu-img exclude each other."
+        )?;
+    }
+    for merge in &report.merges {
+        let how = match merge.method {
+            "stream" => "stream into the topmost",
+            _ => "commit into the lowest",
+        };
+        writeln!(
+            out,
+            "\ndepth {} to {}: {how} of {} layers, {}, {}",
+            merge.top,
+            merge.bottom,
+            merge.layers,
+            printable(&merge.into),
+            bytes(merge.bytes)
+        )?;
+        for (name, lines) in merge.commands.each() {
+            for line in lines {
+                writeln!(out, "  {name:<9} {}", printable(line))?;
+            }
+        }
+    }
+    Ok(())
+}

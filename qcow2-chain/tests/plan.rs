@@ -1,0 +1,147 @@
+//! `plan`: its commands carried out by QEMU leave the same disk.
+
+mod common;
+
+use std::process::Command;
+
+use common::{empty_chain, expect, json, name, qemu, run, same_shape};
+use serde_json::Value;
+
+/// Builds a chain; the top and the file with the expected content.
+fn chain(dir: &std::path::Path, more: &[&str]) -> (String, String) {
+    let (path, raw) = (name(&dir.join("chain")), name(&dir.join("raw")));
+    let mut args = vec![
+        "build",
+        "--disk",
+        "64M",
+        "--expected",
+        &raw,
+        "--zeroes",
+        "0.1",
+    ];
+    args.extend(more);
+    args.push(&path);
+    let report = json(0, &args);
+    (report["top"].as_str().unwrap().into(), raw)
+}
+
+/// Runs the commands for qemu-img of all merges.
+fn carry_out(plan: &Value) {
+    let img = qemu("qemu-img").unwrap();
+    for merge in plan["merges"].as_array().unwrap() {
+        for command in merge["commands"]["qemu_img"].as_array().unwrap() {
+            let command = command.as_str().unwrap().replace("qemu-img", &name(&img));
+            let output = Command::new("sh").args(["-c", &command]).output().unwrap();
+            let err = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{command}: {err}");
+        }
+        for file in merge["dropped"].as_array().unwrap() {
+            std::fs::remove_file(file.as_str().unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_disk_stays_the_same() {
+    let Some(img) = qemu("qemu-img") else { return };
+    for (goal, left, more) in [
+        (["--depth", "4"], 4, vec!["--layers", "12"]),
+        (
+            ["--keep-last", "3"],
+            5,
+            vec!["--layers", "10", "--raw-base"],
+        ),
+        (
+            ["--depth", "5"],
+            5,
+            vec!["--layers", "30", "--place", "ageing"],
+        ),
+        (
+            ["--depth", "2"],
+            2,
+            vec!["--layers", "8", "--place", "zipf", "--absolute"],
+        ),
+    ] {
+        for method in ["auto", "commit", "stream"] {
+            let dir = tempfile::tempdir().unwrap();
+            let (top, raw) = chain(dir.path(), &more);
+            let mut args = vec!["plan", "--method", method];
+            args.extend(goal);
+            args.push(&top);
+            let plan = json(0, &args);
+            assert_eq!(plan["after"]["layers"], left);
+            carry_out(&plan);
+            // Where all was committed the file on top is another one.
+            let merges = plan["merges"].as_array().unwrap();
+            let top = match merges.iter().find(|merge| merge["top"] == 0) {
+                Some(merge) => merge["into"].as_str().unwrap().to_owned(),
+                None => top,
+            };
+            run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
+            assert_eq!(json(0, &["view", &top])["depth"], left);
+        }
+    }
+}
+
+#[test]
+fn bytes_are_those_that_are_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (top, _) = chain(dir.path(), &["--layers", "6", "--zeroes", "0"]);
+    let bytes = |args: &[&str]| {
+        let mut all = vec!["plan", "--depth", "2"];
+        all.extend(args);
+        all.push(&top);
+        json(0, &all)["bytes_to_copy"].as_u64().unwrap()
+    };
+    let view = json(0, &["view", &top]);
+    let layer = |n: usize| view["layers"][n]["data_bytes"].as_u64().unwrap();
+    let visible: u64 = (0..5)
+        .map(|n| view["layers"][n]["visible_bytes"].as_u64().unwrap())
+        .sum();
+    // The base stays: the other five become one, which has all that is visible.
+    assert_eq!(bytes(&["--method", "stream"]), visible - layer(0));
+    assert!(bytes(&[]) <= bytes(&["--method", "stream"]));
+    assert!(bytes(&[]) <= bytes(&["--method", "commit"]));
+}
+
+#[test]
+fn goals() {
+    let dir = tempfile::tempdir().unwrap();
+    let (top, _) = chain(dir.path(), &["--layers", "9"]);
+    let plan = json(0, &["plan", "--depth", "3", &top]);
+    same_shape(&plan, "plan.txt");
+    assert_eq!(plan["before"]["layers"], 9);
+    let left = |code, args: &[&str]| {
+        let mut all = vec!["plan"];
+        all.extend(args);
+        all.push(&top);
+        json(code, &all)["after"]["layers"].as_u64().unwrap()
+    };
+    assert_eq!(left(0, &["--depth", "20"]), 9);
+    assert_eq!(left(0, &["--depth", "1", "--into-base"]), 1);
+    assert_eq!(left(5, &["--depth", "1"]), 2);
+    assert_eq!(left(5, &["--depth", "2", "--keep-last", "4"]), 6);
+    assert_eq!(left(0, &["--keep-last", "20"]), 9);
+    assert_eq!(left(0, &["--max-bytes", "100P"]), 2);
+    let some = left(0, &["--max-bytes", "3M"]);
+    assert!(2 < some && some < 9, "{some}");
+    assert_eq!(left(5, &["--depth", "2", "--max-bytes", "1M"]), 8);
+    let text = expect(0, &["plan", "--depth", "3", "--domain", "vm1", &top]);
+    assert!(
+        text.contains("virsh blockcommit vm1") && text.contains("\"execute\":\"block-commit\"")
+    );
+    expect(1, &["plan", &top]);
+}
+
+#[test]
+fn long_and_broken_chains() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = empty_chain(dir.path(), 3000);
+    assert_eq!(
+        json(0, &["plan", "--depth", "10", &top])["after"]["layers"],
+        10
+    );
+    std::fs::remove_file(dir.path().join("7")).unwrap();
+    let error = expect(1, &["plan", "--depth", "10", &top]);
+    assert!(error.contains("is missing"), "{error}");
+}
