@@ -25,7 +25,9 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_co_getlength",
     "bdrv_co_common_block_status_above",
     "bdrv_co_is_inserted",
+    "bdrv_child_refresh_perms",
     "bdrv_co_open",
+    "bdrv_co_open_child",
     "bdrv_co_open_blockdev_ref",
     "bdrv_co_pdiscard",
     "bdrv_co_preadv_part",
@@ -43,11 +45,14 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_graph_co_rdlock",
     "bdrv_graph_generation",
     "bdrv_graph_co_rdunlock",
+    "bdrv_graph_wrlock",
+    "bdrv_graph_wrunlock",
     "bdrv_has_zero_init",
     "bdrv_is_read_only",
     "bdrv_is_writable",
     "bdrv_open_file_child",
     "bdrv_register",
+    "bdrv_unref_child",
     "blk_bs",
     "blk_co_flush",
     "blk_co_getlength",
@@ -140,6 +145,7 @@ const FUNCTIONS: &[&str] = &[
 ];
 
 const TYPES: &[&str] = &[
+    "BdrvChildRoleBits",
     "BitmapCheckFlags",
     "BlockDriver",
     "BlockdevCreateOptions",
@@ -155,6 +161,7 @@ const VARIABLES: &[&str] = &[
     "BlockdevDriver_lookup",
     "PreallocMode_lookup",
     "bdrv_qcow2",
+    "child_of_bds",
     "error_abort",
 ];
 

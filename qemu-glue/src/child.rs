@@ -55,6 +55,18 @@ impl Child {
         }
     }
 
+    /// The external data file of a node.
+    ///
+    /// # Safety
+    /// As for [`Child::file`]; `child` is a child of `bs`.
+    pub(crate) unsafe fn data(bs: *mut sys::BlockDriverState, child: *mut sys::BdrvChild) -> Self {
+        // SAFETY: promised by the caller.
+        Self {
+            child,
+            ..unsafe { Self::file(bs) }
+        }
+    }
+
     /// The backing file of a node, if it has one.
     ///
     /// # Safety

@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::io::Write as _;
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use rust_qcow2::host::{Corruption, Event, Host, Task};
 use rust_qcow2::image::Image;
@@ -19,6 +20,11 @@ use crate::{parallel, sys};
 /// The node of an image.
 pub(crate) struct Qemu {
     bs: *mut sys::BlockDriverState,
+    /// The options that the node is being opened with, null afterwards.
+    options: AtomicPtr<sys::QDict>,
+    /// The link to the external data file, null without one. It goes with the
+    /// node.
+    data_file: AtomicPtr<sys::BdrvChild>,
 }
 
 // SAFETY: the node is used through QEMU's thread-safe functions, and its links
@@ -34,7 +40,45 @@ impl Qemu {
     /// The node outlives the value. All functions of the image that do I/O are
     /// called in coroutines that hold the graph lock for reading.
     pub(crate) unsafe fn new(bs: *mut sys::BlockDriverState) -> Self {
-        Self { bs }
+        Self {
+            bs,
+            options: AtomicPtr::default(),
+            data_file: AtomicPtr::default(),
+        }
+    }
+
+    /// The same for a node that is being opened, with `options`.
+    ///
+    /// # Safety
+    /// As for [`Qemu::new`]; the image is opened in the main thread, and the
+    /// options live until [`Qemu::end_opening`].
+    pub(crate) unsafe fn opening(bs: *mut sys::BlockDriverState, options: *mut sys::QDict) -> Self {
+        // SAFETY: promised by the caller.
+        let host = unsafe { Self::new(bs) };
+        host.options.store(options, Ordering::Release);
+        host
+    }
+
+    /// The options will be gone.
+    pub(crate) fn end_opening(&self) {
+        self.options.store(ptr::null_mut(), Ordering::Release);
+    }
+
+    /// The same surroundings, for an image that takes the place of the one
+    /// there.
+    pub(crate) fn again(&self) -> Self {
+        Self {
+            bs: self.bs,
+            options: AtomicPtr::default(),
+            data_file: AtomicPtr::new(self.data_file.load(Ordering::Acquire)),
+        }
+    }
+
+    /// The node of the external data file.
+    pub(crate) fn data_node(&self) -> Option<*mut sys::BlockDriverState> {
+        let child = self.data_file.load(Ordering::Acquire);
+        // SAFETY: the link lives as long as the node is open.
+        (!child.is_null()).then(|| unsafe { (*child).bs })
     }
 
     /// The node.
@@ -53,6 +97,47 @@ impl Host for Qemu {
     fn file(&self) -> Child {
         // SAFETY: the node is open and the graph locked (see `new`).
         unsafe { Child::file(self.bs) }
+    }
+
+    #[inline]
+    fn data_file(&self) -> Option<Child> {
+        let child = self.data_file.load(Ordering::Acquire);
+        // SAFETY: as above; the link goes with the node.
+        (!child.is_null()).then(|| unsafe { Child::data(self.bs, child) })
+    }
+
+    fn open_data_file(&self, external: bool, name: Option<&str>) -> Result<()> {
+        let options = self.options.load(Ordering::Acquire);
+        let known = self.data_file.load(Ordering::Acquire);
+        if options.is_null() {
+            // The image was read anew; its files are what they were.
+            return match (external, known.is_null()) {
+                (true, true) => Err(required()),
+                (false, false) => Err(unwanted()),
+                _ => Ok(()),
+            };
+        }
+        // SAFETY: the node is being opened, with these options (see
+        // `opening`).
+        unsafe {
+            let mut child = open_child(self.bs, options, None)?;
+            if child.is_null() && external && name.is_some() {
+                child = open_child(self.bs, options, name)?;
+            }
+            self.data_file.store(child, Ordering::Release);
+            match (external, child.is_null()) {
+                (true, true) => return Err(required()),
+                (false, false) => return Err(unwanted()),
+                (false, true) => return Ok(()),
+                (true, false) => {}
+            }
+            // There are no data in the image file; giving up rights cannot
+            // fail.
+            let file = (*self.bs).file;
+            (*file).role &= !sys::BDRV_CHILD_DATA;
+            sys::bdrv_child_refresh_perms(self.bs, file, &raw mut sys::error_abort);
+        }
+        Ok(())
     }
 
     #[inline]
@@ -135,6 +220,52 @@ impl Host for Qemu {
             );
         }
     }
+}
+
+fn required() -> Error {
+    Error::invalid("'data-file' is required for this image")
+}
+
+fn unwanted() -> Error {
+    Error::invalid("'data-file' can only be set for images with an external data file")
+}
+
+/// Opens the data file that the options tell, or else the one of that name;
+/// null where there is neither.
+///
+/// # Safety
+/// `bs` is being opened with `options`, in the main thread, in a coroutine that
+/// holds the graph lock for reading.
+unsafe fn open_child(
+    bs: *mut sys::BlockDriverState,
+    options: *mut sys::QDict,
+    name: Option<&str>,
+) -> Result<*mut sys::BdrvChild> {
+    let name = name.map(c_text);
+    let mut child = ptr::null_mut();
+    error::caught(|errp| {
+        // SAFETY: promised by the caller; the graph changes without the lock.
+        unsafe {
+            sys::bdrv_graph_co_rdunlock();
+            child = sys::bdrv_co_open_child(
+                name.as_ref().map_or(ptr::null(), |name| name.as_ptr()),
+                options,
+                c"data-file".as_ptr(),
+                bs,
+                &raw const sys::child_of_bds,
+                sys::BDRV_CHILD_DATA,
+                name.is_none(),
+                errp,
+            );
+            sys::bdrv_graph_co_rdlock();
+            if errp.is_null() || (*errp).is_null() {
+                0
+            } else {
+                -libc::EINVAL
+            }
+        }
+    })?;
+    Ok(child)
 }
 
 /// QEMU's name of an event.

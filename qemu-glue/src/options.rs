@@ -41,8 +41,6 @@ pub(crate) struct Requested {
     pub(crate) options: OptionRequest,
     /// `encrypt.format`.
     encryption: Option<String>,
-    /// `data-file`, in any form.
-    data_file: bool,
 }
 
 impl Requested {
@@ -55,18 +53,7 @@ impl Requested {
     /// `dict` is a dictionary of flat options.
     pub(crate) unsafe fn take(dict: *mut sys::QDict) -> Result<Self> {
         // SAFETY: promised by the caller.
-        let (encrypt, data_file) = unsafe {
-            (
-                SubDict::take(dict, c"encrypt."),
-                SubDict::take(dict, c"data-file."),
-            )
-        };
-        // SAFETY: as above.
-        let named = unsafe { sys::qdict_haskey(dict, c"data-file".as_ptr()) } != 0;
-        if named {
-            // SAFETY: as above.
-            unsafe { sys::qdict_del(dict, c"data-file".as_ptr()) };
-        }
+        let encrypt = unsafe { SubDict::take(dict, c"encrypt.") };
         let opts = Opts::new();
         caught(|errp| {
             // SAFETY: both are valid; errp is that of `caught`.
@@ -76,12 +63,24 @@ impl Requested {
         Ok(Self {
             options: opts.request()?,
             encryption: encrypt.get(c"format"),
-            data_file: named || !data_file.is_empty(),
         })
     }
 
-    /// Refuses what does not go with an image that is neither encrypted nor
-    /// has a data file; others are not opened in the first place.
+    /// Takes the reference to a data file out of `dict`, which is not going to
+    /// be opened.
+    ///
+    /// # Safety
+    /// `dict` is a dictionary of flat options.
+    pub(crate) unsafe fn drop_data_file(dict: *mut sys::QDict) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            drop(SubDict::take(dict, c"data-file."));
+            sys::qdict_del(dict, c"data-file".as_ptr());
+        }
+    }
+
+    /// Refuses what does not go with an image that is not encrypted; others
+    /// are not opened in the first place.
     ///
     /// # Errors
     /// What the qcow2 driver says in these cases.
@@ -90,11 +89,6 @@ impl Requested {
             return Err(Error::invalid(format!(
                 "No encryption in image header, but options specified format '{format}'"
             )));
-        }
-        if self.data_file {
-            return Err(Error::invalid(
-                "'data-file' can only be set for images with an external data file",
-            ));
         }
         Ok(())
     }
@@ -111,11 +105,6 @@ impl SubDict {
         // SAFETY: promised by the caller.
         unsafe { sys::qdict_extract_subqdict(dict, &raw mut taken, prefix.as_ptr()) };
         Self(taken)
-    }
-
-    fn is_empty(&self) -> bool {
-        // SAFETY: the dictionary is ours.
-        unsafe { sys::qdict_size(self.0) == 0 }
     }
 
     fn get(&self, key: &CStr) -> Option<String> {

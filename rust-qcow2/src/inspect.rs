@@ -144,9 +144,7 @@ impl<F: File> Inspection<F> {
         let length = file.length()?;
         Ok(Self {
             backing: (name, extensions.backing_format),
-            data_file: extensions
-                .data_file
-                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+            data_file: extensions.data_file,
             bitmaps: extensions.bitmaps.is_some(),
             geometry,
             header,

@@ -143,19 +143,44 @@ unsafe fn create_file(
     // be made.
     unsafe {
         let mut creation = Creation::new(opts)?;
-        told(sys::bdrv_co_create_file(filename, opts, errp))?;
-        let flags = (sys::BDRV_O_RDWR | sys::BDRV_O_RESIZE | sys::BDRV_O_PROTOCOL) as c_int;
-        let file = sys::bdrv_co_open(filename, ptr::null(), ptr::null_mut(), flags, errp);
-        let file = NodeRef(told_pointer(libc::EIO, file)?);
-        let result = creation
-            .finish((*driver).format_name, (*file.0).node_name.as_ptr())
-            .map_err(Failure::from)
-            .and_then(|options| create_image(options, errp));
+        let file = create_protocol(filename, opts, errp)?;
+        let mut data_file = None;
+        let mut fill = || {
+            if let Some(name) = creation.data_file() {
+                let created = create_protocol(c_text(&name).as_ptr(), opts, errp)?;
+                creation.set_data_file((*created.0).node_name.as_ptr());
+                data_file = Some(created);
+            }
+            let options = creation.finish((*driver).format_name, (*file.0).node_name.as_ptr())?;
+            create_image(options, errp)
+        };
+        let result = fill();
         if result.is_err() {
             let _lock = GraphLock::new();
             sys::bdrv_co_delete_file_noerr(file.0);
+            if let Some(data_file) = &data_file {
+                sys::bdrv_co_delete_file_noerr(data_file.0);
+            }
         }
         result
+    }
+}
+
+/// Creates and opens a file.
+///
+/// # Safety
+/// As for [`create_file`].
+unsafe fn create_protocol(
+    filename: *const c_char,
+    opts: *mut sys::QemuOpts,
+    errp: ErrorPtr,
+) -> Result<NodeRef, Failure> {
+    // SAFETY: promised by the caller.
+    unsafe {
+        told(sys::bdrv_co_create_file(filename, opts, errp))?;
+        let flags = (sys::BDRV_O_RDWR | sys::BDRV_O_RESIZE | sys::BDRV_O_PROTOCOL) as c_int;
+        let file = sys::bdrv_co_open(filename, ptr::null(), ptr::null_mut(), flags, errp);
+        told_pointer(libc::EIO, file).map(NodeRef)
     }
 }
 
@@ -166,11 +191,6 @@ unsafe fn create_file(
 unsafe fn request(options: &sys::BlockdevCreateOptionsQcow2) -> Result<CreateRequest> {
     if !options.encrypt.is_null() {
         return Err(Error::unsupported("rqcow2 does not support encryption yet"));
-    }
-    if !options.data_file.is_null() || options.data_file_raw {
-        return Err(Error::unsupported(
-            "rqcow2 does not support external data files yet",
-        ));
     }
     let given = |has: bool, value: i64| {
         // A negative number becomes one that is refused.
@@ -194,6 +214,8 @@ unsafe fn request(options: &sys::BlockdevCreateOptionsQcow2) -> Result<CreateReq
         extended_l2: options.has_extended_l2 && options.extended_l2,
         backing_file: !options.backing_file.is_null(),
         backing_format: options.has_backing_fmt,
+        data_file: !options.data_file.is_null(),
+        data_file_raw: options.data_file_raw,
         preallocation: if options.has_preallocation {
             preallocation(options.preallocation)?
         } else {
@@ -230,27 +252,42 @@ unsafe fn create_image(
         let file = sys::bdrv_co_open_blockdev_ref(options.file, errp);
         let file = NodeRef(told_pointer(libc::EIO, file)?);
         let params = create::validate(&request(options)?)?;
-        create::format(&BlankFile::new(file.0, errp)?, &params)?;
+        let data_file = if options.data_file.is_null() {
+            None
+        } else {
+            let node = sys::bdrv_co_open_blockdev_ref(options.data_file, errp);
+            Some(NodeRef(told_pointer(libc::EIO, node)?))
+        };
+        let data_name = data_file.as_ref().map(|file| {
+            let name = CStr::from_ptr((*file.0).filename.as_ptr());
+            name.to_string_lossy()
+        });
+        create::format(
+            &BlankFile::new(file.0, errp)?,
+            &params,
+            data_name.as_deref(),
+        )?;
 
         let flags = sys::BDRV_O_RESIZE | sys::BDRV_O_NO_FLUSH;
-        let image = open(name, &file, flags, errp)?;
+        let image = open(name, &file, data_file.as_ref(), flags, errp)?;
         resize(&image, options, errp)?;
         set_backing(&image, options)?;
         drop(image);
 
         // Opened without NO_FLUSH, so that closing it flushes it.
         let flags = sys::BDRV_O_NO_BACKING | sys::BDRV_O_NO_IO;
-        open(name, &file, flags, errp).map(drop)
+        open(name, &file, data_file.as_ref(), flags, errp).map(drop)
     }
 }
 
 /// Opens the new image for writing, with the driver `name`.
 ///
 /// # Safety
-/// `file` is an open node.
+/// `file` and `data_file` are open nodes.
 unsafe fn open(
     name: &CStr,
     file: &NodeRef,
+    data_file: Option<&NodeRef>,
     flags: u32,
     errp: ErrorPtr,
 ) -> Result<Backend, Failure> {
@@ -259,6 +296,10 @@ unsafe fn open(
         let options = sys::qdict_new();
         sys::qdict_put_str(options, c"driver".as_ptr(), name.as_ptr());
         sys::qdict_put_str(options, c"file".as_ptr(), (*file.0).node_name.as_ptr());
+        if let Some(data_file) = data_file {
+            let name = (*data_file.0).node_name.as_ptr();
+            sys::qdict_put_str(options, c"data-file".as_ptr(), name);
+        }
         let flags = (sys::BDRV_O_RDWR | flags) as c_int;
         let backend = sys::blk_co_new_open(ptr::null(), ptr::null(), options, flags, errp);
         told_pointer(libc::EIO, backend).map(Backend)

@@ -201,6 +201,11 @@ fn specific_info(
         (*data).extended_l2 = info.extended_l2;
         (*data).bitmaps = bitmap_list(bitmaps);
         (*data).has_bitmaps = !bitmaps.is_empty();
+        if let Some(name) = &info.data_file {
+            (*data).data_file = sys::g_strdup(crate::error::c_text(name).as_ptr());
+        }
+        (*data).has_data_file_raw = info.external_data;
+        (*data).data_file_raw = info.raw_data_file;
         (*data).compression_type = match info.compression {
             CompressionType::Zlib => sys::QCOW2_COMPRESSION_TYPE_ZLIB,
             CompressionType::Zstd => sys::QCOW2_COMPRESSION_TYPE_ZSTD,

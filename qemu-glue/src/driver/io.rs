@@ -123,6 +123,7 @@ pub(super) unsafe extern "C" fn block_status(
         Ok(status) => status,
         Err(error) => return -error.code(),
     };
+    let data_node = node.image().host().data_node();
     let (flags, host) = match status.kind {
         StatusKind::Unallocated => (0, None),
         StatusKind::Zero { host } => (sys::BDRV_BLOCK_ZERO, host),
@@ -134,7 +135,7 @@ pub(super) unsafe extern "C" fn block_status(
         *pnum = i64::try_from(status.len).unwrap_or(bytes);
         if let Some(host) = host {
             *map = host.bytes() as i64;
-            *file = (*(*bs).file).bs;
+            *file = data_node.unwrap_or((*(*bs).file).bs);
         }
     }
     let valid = if host.is_some() {
@@ -196,11 +197,14 @@ pub(super) unsafe extern "C" fn is_inserted(bs: *mut sys::BlockDriverState) -> b
     }
 }
 
-/// Whether the file below a node begins as zeroes.
+/// Whether the file below a node that holds guest data begins as zeroes.
 ///
 /// # Safety
 /// `bs` is an open node; the graph is locked for reading.
 pub(super) unsafe fn file_has_zero_init(bs: *mut sys::BlockDriverState) -> c_int {
     // SAFETY: promised by the caller.
-    check(unsafe { sys::bdrv_has_zero_init((*(*bs).file).bs) }).unwrap_or(0)
+    unsafe {
+        let data = Node::of(bs).and_then(|node| node.image().host().data_node());
+        check(sys::bdrv_has_zero_init(data.unwrap_or((*(*bs).file).bs))).unwrap_or(0)
+    }
 }

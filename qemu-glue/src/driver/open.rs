@@ -36,12 +36,33 @@ pub(super) unsafe extern "C" fn open(
             match open_node(bs, options, open_flags(flags)) {
                 Ok(()) => 0,
                 Err(error) => {
+                    unlink_data_file(bs);
                     error::set(errp, &error, COULD_NOT_OPEN);
                     -error.code()
                 }
             }
         }
     })
+}
+
+/// Gives up the link to a data file, of a node that could not be opened.
+///
+/// # Safety
+/// Called in the driver's open callback for `bs`, outside of coroutines.
+unsafe fn unlink_data_file(bs: *mut sys::BlockDriverState) {
+    // SAFETY: promised by the caller: nobody uses the node yet.
+    unsafe {
+        let mut child = (*bs).children.lh_first;
+        while !child.is_null() {
+            let next = (*child).next.le_next;
+            if CStr::from_ptr((*child).name) == c"data-file" {
+                sys::bdrv_graph_wrlock();
+                sys::bdrv_unref_child(bs, child);
+                sys::bdrv_graph_wrunlock();
+            }
+            child = next;
+        }
+    }
 }
 
 /// Opens the image in a node that has its file.
@@ -56,7 +77,12 @@ unsafe fn open_node(
     // SAFETY: promised by the caller; `Qemu` is only used in coroutines.
     unsafe {
         let requested = Requested::take(options)?;
-        let image = coroutine::run(bs, || Image::open(Qemu::new(bs), flags, &requested.options))?;
+        if flags.no_io {
+            Requested::drop_data_file(options);
+        }
+        let host = Qemu::opening(bs, options);
+        let image = coroutine::run(bs, || Image::open(host, flags, &requested.options))?;
+        image.host().end_opening();
         requested.refuse_other_features()?;
         publish(bs, &image);
         if !flags.inactive {
@@ -210,7 +236,9 @@ unsafe fn open_again(bs: *mut sys::BlockDriverState) -> Result<Image<Qemu>> {
         sys::rq_qdict_unref(options);
         let mut flags = open_flags((*bs).open_flags);
         flags.inactive = false;
-        Image::open(Qemu::new(bs), flags, &requested?.options)
+        let node = Node::of(bs).ok_or(Error::errno(libc::ENOMEDIUM))?;
+        let host = node.image().host().again();
+        Image::open(host, flags, &requested?.options)
     }
 }
 

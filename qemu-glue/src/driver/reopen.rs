@@ -10,7 +10,6 @@ use super::bitmaps;
 use super::open::publish;
 use crate::coroutine;
 use crate::error::{self, ErrorPtr};
-use crate::host::Qemu;
 use crate::node::{Access, Node, open_flags};
 use crate::options::Requested;
 use crate::panic::contain;
@@ -148,7 +147,8 @@ unsafe fn open_other_file(bs: *mut sys::BlockDriverState, node: &Node, staged: &
     // SAFETY: promised by the caller; `Qemu` is only used in coroutines.
     unsafe {
         let opened = coroutine::run(bs, || {
-            Image::open(Qemu::new(bs), staged.flags, &staged.request)
+            let host = node.image().host().again();
+            Image::open(host, staged.flags, &staged.request)
         });
         match opened {
             Ok(image) => {

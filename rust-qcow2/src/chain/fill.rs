@@ -273,16 +273,16 @@ impl Work {
             if *entry == L2Entry::UNALLOCATED {
                 continue;
             }
-            let mapping = if image.is_bad_entry(*entry) {
+            let cluster = piece.guest.0 + (number << cluster_bits);
+            let mapping = if image.is_bad_entry(*entry, GuestOffset(cluster)) {
                 None
             } else {
-                match entry.mapping() {
+                match image.geometry().mapping(*entry) {
                     Mapping::Unallocated => continue,
                     Mapping::Compressed => None,
                     other => Some(other),
                 }
             };
-            let cluster = piece.guest.0 + (number << cluster_bits);
             for step in 0..steps {
                 let Some(offset) = (cluster + (step << self.bits)).checked_sub(self.start) else {
                     continue;

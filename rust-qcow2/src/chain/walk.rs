@@ -45,11 +45,8 @@ impl<H: Host> Found<'_, H> {
     ) -> Result<()> {
         let len = self.len as usize;
         match &self.source {
-            Source::Own(image, host, _) => image.host().file().read_guest(host.0, buf, at, len),
-            Source::Layer(held, host) => {
-                let file = held.image().host().file();
-                file.read_guest(host.0, buf, at, len)
-            }
+            Source::Own(image, host, _) => image.read_data_guest(guest, *host, buf, at, len),
+            Source::Layer(held, host) => held.image().read_data_guest(guest, *host, buf, at, len),
             Source::Zero => {
                 buf.zero(at, len);
                 Ok(())
@@ -61,8 +58,8 @@ impl<H: Host> Found<'_, H> {
     /// Reads the range, whose first byte is `guest`, into driver memory.
     pub(crate) fn read(&self, guest: GuestOffset, bytes: &mut [u8]) -> Result<()> {
         match &self.source {
-            Source::Own(image, host, _) => image.host().file().read(host.0, bytes),
-            Source::Layer(held, host) => held.image().host().file().read(host.0, bytes),
+            Source::Own(image, host, _) => image.read_data(guest, *host, bytes),
+            Source::Layer(held, host) => held.image().read_data(guest, *host, bytes),
             Source::Zero => {
                 bytes.fill(0);
                 Ok(())

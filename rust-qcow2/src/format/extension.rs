@@ -1,6 +1,6 @@
 //! Header extensions (section "Header extensions").
 
-use super::header::Header;
+use super::header::{Header, Incompatible};
 use crate::error::{Error, Result};
 
 /// Ends the list.
@@ -39,8 +39,8 @@ pub struct Extensions {
     pub crypto_header: Option<Vec<u8>>,
     /// The bitmaps extension, unparsed.
     pub bitmaps: Option<Vec<u8>>,
-    /// The external data file name, unparsed.
-    pub data_file: Option<Vec<u8>>,
+    /// The name of the external data file.
+    pub data_file: Option<String>,
     /// What is not known here, in the order of the file; written back as is.
     pub unknown: Vec<Extension>,
 }
@@ -101,7 +101,7 @@ impl Extensions {
                 FEATURE_TABLE => result.feature_table = data.to_vec(),
                 CRYPTO_HEADER => result.crypto_header = Some(data.to_vec()),
                 BITMAPS => result.bitmaps = Some(data.to_vec()),
-                DATA_FILE => result.data_file = Some(data.to_vec()),
+                DATA_FILE => result.data_file = Some(c_string(data)),
                 _ => result.unknown.push(Extension {
                     kind,
                     data: data.to_vec(),
@@ -158,8 +158,10 @@ impl Extensions {
         if let Some(format) = &self.backing_format {
             put(BACKING_FORMAT, format.as_bytes());
         }
-        if let Some(data) = &self.data_file {
-            put(DATA_FILE, data);
+        if let Some(name) = &self.data_file {
+            if header.incompatible.contains(Incompatible::DATA_FILE) {
+                put(DATA_FILE, name.as_bytes());
+            }
         }
         if let Some(data) = &self.crypto_header {
             put(CRYPTO_HEADER, data);

@@ -1,5 +1,6 @@
 //! What follows from the cluster size, and the limits of the format.
 
+use super::entry::{L2Entry, Mapping};
 use super::header::{Header, Incompatible};
 use super::refcount::RefcountOrder;
 use crate::error::{Error, Result};
@@ -35,6 +36,8 @@ pub struct Geometry {
     pub refcount_order: RefcountOrder,
     /// Version of the image, 2 or 3.
     pub version: u32,
+    /// Guest data are in a file of their own, each at its guest offset.
+    pub external_data: bool,
 }
 
 impl Geometry {
@@ -46,12 +49,15 @@ impl Geometry {
         } else {
             3
         };
-        Self::new(
-            header.cluster_bits,
-            l2_entry_bits,
-            header.refcount_order,
-            header.version,
-        )
+        Self {
+            external_data: header.incompatible.contains(Incompatible::DATA_FILE),
+            ..Self::new(
+                header.cluster_bits,
+                l2_entry_bits,
+                header.refcount_order,
+                header.version,
+            )
+        }
     }
 
     /// A geometry from its parts. `cluster_bits` is in range.
@@ -68,6 +74,21 @@ impl Geometry {
             l2_entry_bits,
             refcount_order,
             version,
+            external_data: false,
+        }
+    }
+
+    /// What an L2 entry says of its cluster. Offset 0 means no cluster but in
+    /// an external data file, whose first cluster it is if the copied flag is
+    /// set.
+    #[inline]
+    #[must_use]
+    pub const fn mapping(&self, entry: L2Entry) -> Mapping {
+        match entry.mapping() {
+            Mapping::Unallocated if self.external_data && entry.copied() => {
+                Mapping::Normal(HostOffset(0))
+            }
+            other => other,
         }
     }
 

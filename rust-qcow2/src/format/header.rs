@@ -61,7 +61,7 @@ bitflags! {
 /// Incompatible features that this implementation knows.
 pub const KNOWN_INCOMPATIBLE: Incompatible = Incompatible::from_bits_retain(0x1f);
 /// Autoclear features that this implementation keeps up to date.
-pub const KNOWN_AUTOCLEAR: Autoclear = Autoclear::BITMAPS;
+pub const KNOWN_AUTOCLEAR: Autoclear = Autoclear::BITMAPS.union(Autoclear::RAW_DATA_FILE);
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

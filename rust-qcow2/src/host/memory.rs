@@ -173,6 +173,8 @@ impl super::File for MemoryFile {
 pub struct MemoryHost {
     /// The image.
     pub file: MemoryFile,
+    /// The external data file.
+    pub data: Option<MemoryFile>,
     /// What is below, if that is raw.
     pub backing: Option<MemoryFile>,
     /// What is below, if that is an image.
@@ -195,6 +197,10 @@ impl Host for MemoryHost {
 
     fn file(&self) -> MemoryFile {
         self.file.clone()
+    }
+
+    fn data_file(&self) -> Option<MemoryFile> {
+        self.data.clone()
     }
 
     fn backing(&self) -> Option<MemoryFile> {

@@ -36,6 +36,25 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// The image file itself.
     fn file(&self) -> Self::File;
 
+    /// The external data file, where the image has one that was opened.
+    fn data_file(&self) -> Option<Self::File> {
+        None
+    }
+
+    /// Opens the external data file, if the image is `external`, by the user's
+    /// choice or by the `name` that the image records. Called while the image
+    /// is opened, before anything is written.
+    ///
+    /// # Errors
+    /// Where there is none, or one that the image does not want.
+    fn open_data_file(&self, external: bool, name: Option<&str>) -> Result<()> {
+        let _ = name;
+        if external && self.data_file().is_none() {
+            return Err(Error::invalid("'data-file' is required for this image"));
+        }
+        Ok(())
+    }
+
     /// The backing file, where there is one.
     fn backing(&self) -> Option<Self::File>;
 

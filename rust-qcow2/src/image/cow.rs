@@ -20,15 +20,15 @@ impl<H: Host> Image<H> {
         buf: GuestBuf<'_, H>,
         at: usize,
     ) -> Result<bool> {
-        let file = self.host.file();
         let head = piece.guest.0 - allocation.start.0;
         let tail_at = piece.guest.add(piece.len);
         let tail = allocation.end.0 - tail_at.0;
         let len = piece.len as usize;
         if head == 0 && tail == 0 {
-            file.write_guest(piece.host.0, buf, at, len)?;
+            self.write_data_guest(piece.guest, piece.host, buf, at, len)?;
             return Ok(false);
         }
+        let file = self.data_file()?;
         if file.zeroes_fast()
             && self.is_zero(allocation.start, head, false)?
             && self.is_zero(tail_at, tail, false)?
@@ -40,7 +40,7 @@ impl<H: Host> Image<H> {
             };
             match file.write_zeroes(allocation.host.0, head + piece.len + tail, flags) {
                 Ok(()) => {
-                    file.write_guest(piece.host.0, buf, at, len)?;
+                    self.write_data_guest(piece.guest, piece.host, buf, at, len)?;
                     return Ok(true);
                 }
                 Err(error) if [libc::ENOTSUP, libc::EAGAIN].contains(&error.code()) => {}
@@ -59,7 +59,7 @@ impl<H: Host> Image<H> {
                 Part::Bytes(&whole[head_len + len..]),
             ];
             self.host.event(Event::CowWrite);
-            file.write_parts(allocation.host.0, &parts)?;
+            self.write_data_parts(allocation.start, allocation.host, &parts)?;
         } else {
             let mut ends = self.host.aligned(head_len + tail_len)?;
             let (head_bytes, tail_bytes) = ends.split_at_mut(head_len);
@@ -70,7 +70,7 @@ impl<H: Host> Image<H> {
             let first = usize::from(head_len == 0);
             let end = parts.len() - usize::from(tail_len == 0);
             self.host.event(Event::CowWrite);
-            file.write_parts(allocation.host.0, &parts[first..end])?;
+            self.write_data_parts(allocation.start, allocation.host, &parts[first..end])?;
         }
         Ok(true)
     }
@@ -134,6 +134,6 @@ impl<H: Host> Image<H> {
         // Brings the slice in, so that the read below needs no lock.
         self.lookup_locked(st, guest, len)?;
         self.read_bytes(guest, &mut bytes)?;
-        self.host.file().write(host.0, &bytes)
+        self.write_data(guest, host, &bytes)
     }
 }

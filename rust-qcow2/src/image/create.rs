@@ -37,6 +37,10 @@ pub struct CreateRequest {
     pub backing_file: bool,
     /// There is a format of the backing file.
     pub backing_format: bool,
+    /// There is an external data file.
+    pub data_file: bool,
+    /// The external data file is a raw image of the disk.
+    pub data_file_raw: bool,
     /// How the disk's clusters are prepared.
     pub preallocation: Preallocation,
 }
@@ -54,6 +58,10 @@ pub struct CreateParams {
     pub lazy_refcounts: bool,
     /// How compressed clusters are compressed.
     pub compression: CompressionType,
+    /// Guest data go to a file of their own.
+    pub data_file: bool,
+    /// That file is a raw image of the disk.
+    pub data_file_raw: bool,
 }
 
 /// The logarithm of a cluster size.
@@ -134,6 +142,17 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
     }
     let bits = request.refcount_bits.unwrap_or(DEFAULT_REFCOUNT_BITS);
     let refcount_order = refcount_order(bits, version, "version=v3")?;
+    if request.data_file_raw && !request.data_file {
+        return Err(Error::invalid("data-file-raw requires data-file"));
+    }
+    if request.data_file_raw && request.backing_file {
+        return Err(Error::invalid(
+            "Backing file and data-file-raw cannot be used at the same time",
+        ));
+    }
+    if request.data_file && version < 3 {
+        return Err(needs_v3("External data files are"));
+    }
     if request.compression != CompressionType::Zlib && version < 3 {
         return Err(needs_v3("Non-zlib compression type is"));
     }
@@ -143,22 +162,28 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
         refcount_order,
         lazy_refcounts: request.lazy_refcounts,
         compression: request.compression,
+        data_file: request.data_file,
+        data_file_raw: request.data_file_raw,
     })
 }
 
 /// Writes an image of a disk of size zero: header, refcount table and one
 /// refcount block, in this order and counted. Everything else comes with the
-/// first resize.
+/// first resize. `data_file` is the name of the external data file, if there
+/// is to be one.
 ///
 /// # Errors
 /// Those of the file.
-pub fn format<F: File>(file: &F, params: &CreateParams) -> Result<()> {
+pub fn format<F: File>(file: &F, params: &CreateParams, data_file: Option<&str>) -> Result<()> {
     let cluster_size = 1u64 << params.cluster_bits;
     let mut incompatible = Incompatible::empty();
     incompatible.set(
         Incompatible::COMPRESSION,
         params.compression != CompressionType::Zlib,
     );
+    incompatible.set(Incompatible::DATA_FILE, params.data_file);
+    let mut autoclear = Autoclear::empty();
+    autoclear.set(Autoclear::RAW_DATA_FILE, params.data_file_raw);
     let mut compatible = Compatible::empty();
     compatible.set(Compatible::LAZY_REFCOUNTS, params.lazy_refcounts);
     let mut header = Header {
@@ -175,7 +200,7 @@ pub fn format<F: File>(file: &F, params: &CreateParams) -> Result<()> {
         snapshots_offset: 0,
         incompatible,
         compatible,
-        autoclear: Autoclear::empty(),
+        autoclear,
         refcount_order: params.refcount_order,
         header_length: if params.version < 3 {
             V2_LENGTH
@@ -188,7 +213,11 @@ pub fn format<F: File>(file: &F, params: &CreateParams) -> Result<()> {
         },
         unknown_fields: Vec::new(),
     };
-    let first = Extensions::default().encode(&mut header, None)?;
+    let extensions = Extensions {
+        data_file: data_file.map(ToOwned::to_owned),
+        ..Extensions::default()
+    };
+    let first = extensions.encode(&mut header, None)?;
     file.write(0, &first)
         .map_err(|e| e.context("Could not write qcow2 header"))?;
 

@@ -26,6 +26,7 @@ impl<H: Host> Image<H> {
         let l1_clusters = div_up(self.l1.len() * 8, self.geometry.cluster_size());
         // Bitmaps would be overwritten.
         if self.geometry.version >= 3
+            && !self.has_data_file()
             && !self.has_bitmaps()
             && BEFORE_L1 + l1_clusters <= self.geometry.refcounts_per_block()
         {

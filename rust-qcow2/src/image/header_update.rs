@@ -121,6 +121,10 @@ impl<H: Host> Image<H> {
         if file.is_some_and(|name| name.len() > MAX_BACKING_NAME as usize) {
             return Err(Error::errno(libc::EINVAL));
         }
+        if file.is_some() && self.data_file_is_raw() {
+            // The data file alone would not be the disk any more.
+            return Err(Error::errno(libc::EINVAL));
+        }
         let mut st = self.lock();
         self.ensure_usable()?;
         {

@@ -40,12 +40,17 @@ enum Miss {
 }
 
 /// Whether an entry breaks a rule of the format that makes it unusable.
-pub(super) fn is_bad(geometry: &Geometry, entry: L2Entry) -> bool {
-    match entry.mapping() {
-        Mapping::Normal(at) => !at.is_aligned(geometry.cluster_bits),
-        Mapping::ZeroAllocated(at) => geometry.version < 3 || !at.is_aligned(geometry.cluster_bits),
+/// The entry is that of the guest cluster at `cluster`.
+pub(super) fn is_bad(geometry: &Geometry, entry: L2Entry, cluster: GuestOffset) -> bool {
+    let misplaced = |at: HostOffset| {
+        !at.is_aligned(geometry.cluster_bits) || (geometry.external_data && at.0 != cluster.0)
+    };
+    match geometry.mapping(entry) {
+        Mapping::Normal(at) => misplaced(at),
+        Mapping::ZeroAllocated(at) => geometry.version < 3 || misplaced(at),
         Mapping::ZeroPlain => geometry.version < 3,
-        Mapping::Unallocated | Mapping::Compressed => false,
+        Mapping::Unallocated => false,
+        Mapping::Compressed => geometry.external_data,
     }
 }
 
@@ -138,10 +143,10 @@ impl<H: Host> Image<H> {
         let size = geometry.cluster_size();
         let within = guest.within(geometry.cluster_bits);
         let entry = slice.get(index);
-        if is_bad(geometry, entry) {
+        if is_bad(geometry, entry, guest.align_down(geometry.cluster_bits)) {
             return None;
         }
-        let first = entry.mapping();
+        let first = geometry.mapping(entry);
         let mapping = match first {
             Mapping::Normal(at) => Mapping::Normal(at.add(within)),
             Mapping::ZeroAllocated(at) => Mapping::ZeroAllocated(at.add(within)),
@@ -342,7 +347,24 @@ impl<H: Host> Image<H> {
             .unwrap_or_default();
         let index = Hex(self.geometry.l2_index(guest));
         let entry = at.slice.get(at.index);
-        let message = match entry.mapping() {
+        let cluster = guest.align_down(self.geometry.cluster_bits);
+        let message = match self.geometry.mapping(entry) {
+            Mapping::Compressed if self.has_data_file() => format!(
+                "Compressed cluster entry found in image with external data file (L2 offset: \
+                 {:#x}, L2 index: {index})",
+                table.0
+            ),
+            Mapping::Normal(at) | Mapping::ZeroAllocated(at)
+                if self.has_data_file()
+                    && at.is_aligned(self.geometry.cluster_bits)
+                    && at != HostOffset(cluster.0) =>
+            {
+                format!(
+                    "External data file host cluster offset {:#x} does not match guest cluster \
+                     offset: {:#x}, L2 index: {index})",
+                    at.0, cluster.0
+                )
+            }
             Mapping::ZeroPlain | Mapping::ZeroAllocated(_) if self.geometry.version < 3 => {
                 format!(
                     "Zero cluster entry found in pre-v3 image (L2 offset: {:#x}, L2 index: \
@@ -373,7 +395,11 @@ impl<H: Host> Image<H> {
         guest: GuestOffset,
         entry: L2Entry,
     ) -> Result<()> {
-        if is_bad(&self.geometry, entry) {
+        if is_bad(
+            &self.geometry,
+            entry,
+            guest.align_down(self.geometry.cluster_bits),
+        ) {
             Err(self.report_bad_entry(st, guest))
         } else {
             Ok(())

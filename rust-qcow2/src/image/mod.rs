@@ -21,6 +21,7 @@ pub mod bitmaps;
 pub mod check;
 mod cow;
 pub mod create;
+mod data;
 mod empty;
 mod header_update;
 mod inflight;
@@ -147,6 +148,12 @@ pub struct ImageInfo {
     pub backing_file: Option<String>,
     /// Format of the backing file as recorded.
     pub backing_format: Option<String>,
+    /// Name of the external data file as recorded.
+    pub data_file: Option<String>,
+    /// Whether guest data are in a file of their own.
+    pub external_data: bool,
+    /// Whether that file is a raw image of the disk.
+    pub raw_data_file: bool,
     /// Where the area behind the guest's disk begins.
     pub vm_state_offset: u64,
 }
@@ -154,7 +161,7 @@ pub struct ImageInfo {
 impl<H: Host> Image<H> {
     /// What the header says now.
     pub fn info(&self) -> ImageInfo {
-        use crate::format::header::{Compatible, Incompatible};
+        use crate::format::header::{Autoclear, Compatible, Incompatible};
         let shared = self.shared.read();
         let header = &shared.header;
         ImageInfo {
@@ -169,6 +176,9 @@ impl<H: Host> Image<H> {
             extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),
             backing_file: shared.backing_file.clone(),
             backing_format: shared.extensions.backing_format.clone(),
+            data_file: shared.extensions.data_file.clone(),
+            external_data: header.incompatible.contains(Incompatible::DATA_FILE),
+            raw_data_file: header.autoclear.contains(Autoclear::RAW_DATA_FILE),
             vm_state_offset: u64::from(header.l1_size) << self.geometry.l2_span_bits(),
         }
     }

@@ -78,6 +78,10 @@ impl<H: Host> Image<H> {
         let mut extensions = extensions?;
         let void_bitmaps = drop_void_bitmaps(&host, &header, &geometry, &mut extensions)?;
         refuse_unserved(&header, &extensions, flags)?;
+        if !flags.no_io {
+            // Looking at an image that nobody trusts opens nothing it names.
+            host.open_data_file(geometry.external_data, extensions.data_file.as_deref())?;
+        }
         let backing_file = read_backing_name(&front, &header)?;
 
         let stale = void_bitmaps || !(header.autoclear & !KNOWN_AUTOCLEAR).is_empty();
@@ -399,13 +403,11 @@ fn refuse_unserved(header: &Header, extensions: &Extensions, flags: OpenFlags) -
     if header.crypt_method != 0 {
         return refuse("encrypted images");
     }
-    if header.incompatible.contains(Incompatible::DATA_FILE) {
-        return refuse("images with an external data file");
-    }
     if header.incompatible.contains(Incompatible::EXTENDED_L2) {
         return refuse("images with extended L2 entries (subclusters)");
     }
-    if header.autoclear.contains(Autoclear::RAW_DATA_FILE) && !flags.no_io {
+    let external = header.incompatible.contains(Incompatible::DATA_FILE);
+    if header.autoclear.contains(Autoclear::RAW_DATA_FILE) && !external && !flags.no_io {
         return Err(Error::invalid("data-file-raw requires a data file"));
     }
     if header.nb_snapshots != 0 {

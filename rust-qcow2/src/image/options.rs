@@ -1,6 +1,7 @@
 //! What a user can set when opening an image, and what follows from it.
 
 use super::overlap::template;
+use super::refcounts::Reason;
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
 use crate::format::geometry::{Geometry, MIN_CLUSTER_BITS};
@@ -141,6 +142,17 @@ impl Options {
             discard_no_unref,
             overlap_check,
         })
+    }
+
+    /// Whether a discard for this reason is passed on to the file.
+    pub(super) fn passes(&self, reason: Reason) -> bool {
+        match reason {
+            Reason::Request => self.discard_request,
+            Reason::Snapshot => self.discard_snapshot,
+            Reason::Other => self.discard_other,
+            Reason::Never => false,
+            Reason::Always => true,
+        }
     }
 
     fn overlap(request: &OptionRequest) -> Result<MetadataKind> {

@@ -34,10 +34,11 @@ impl<H: Host> Image<H> {
         self.l1.get(index)
     }
 
-    /// Whether an entry breaks a rule of the format.
+    /// Whether the entry of the guest cluster at `cluster` breaks a rule of the
+    /// format.
     #[inline]
-    pub(crate) fn is_bad_entry(&self, entry: L2Entry) -> bool {
-        is_bad(&self.geometry, entry)
+    pub(crate) fn is_bad_entry(&self, entry: L2Entry, cluster: GuestOffset) -> bool {
+        is_bad(&self.geometry, entry, cluster)
     }
 
     /// The memory that the image and those below it share.

@@ -433,15 +433,7 @@ impl<H: Host> Image<H> {
         // A cached table at this place must not be written over its successor.
         self.l2.discard(offset, size);
         self.forget_metadata(offset);
-        let options = self.shared.read().options;
-        let pass = match reason {
-            Reason::Request => options.discard_request,
-            Reason::Snapshot => options.discard_snapshot,
-            Reason::Other => options.discard_other,
-            Reason::Never => false,
-            Reason::Always => true,
-        };
-        if pass {
+        if self.shared.read().options.passes(reason) {
             match st.refcounts.discards.last_mut() {
                 Some((at, len, why)) if *why == reason && at.add(*len) == offset => *len += size,
                 _ => st.refcounts.discards.push((offset, size, reason)),

@@ -21,8 +21,8 @@ impl<H: Host> Image<H> {
     pub fn resize(
         &self,
         new: u64,
-        _exact: bool,
-        preallocation: Preallocation,
+        exact: bool,
+        mut preallocation: Preallocation,
         zero: bool,
     ) -> Result<()> {
         if new % 512 != 0 {
@@ -42,10 +42,24 @@ impl<H: Host> Image<H> {
             let entries = self.geometry.l1_entries_for(new);
             self.grow_l1(&mut st, entries, true)
                 .map_err(|error| error.context("Failed to grow the L1 table"))?;
+            if preallocation == Preallocation::Off && self.data_file_is_raw() {
+                // So that the data file alone reads as the image does.
+                preallocation = Preallocation::Metadata;
+            }
         }
         let mut zeroed = false;
         match preallocation {
+            Preallocation::Off if self.has_data_file() => {
+                self.data_file()?
+                    .truncate(new, exact, Preallocation::Off, false)?;
+            }
             Preallocation::Off => {}
+            Preallocation::Falloc | Preallocation::Full if self.has_data_file() => {
+                self.preallocate_external(&mut st, old, new, preallocation)?;
+            }
+            Preallocation::Metadata if self.has_data_file() => {
+                self.preallocate_external(&mut st, old, new, Preallocation::Off)?;
+            }
             Preallocation::Metadata => self.preallocate_metadata(&mut st, old, new)?,
             Preallocation::Falloc | Preallocation::Full => {
                 zeroed = self.preallocate_data(&mut st, old, new, preallocation, zero)?;
@@ -175,6 +189,27 @@ impl<H: Host> Image<H> {
         Ok(())
     }
 
+    /// Maps the new area to the external data file, which grows in the way of
+    /// `below`.
+    fn preallocate_external(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        old: u64,
+        new: u64,
+        below: Preallocation,
+    ) -> Result<()> {
+        if new == old {
+            return Ok(());
+        }
+        self.preallocate(st, GuestOffset(old), new - old)
+            .map_err(|error| error.context("Allocating clusters failed"))?;
+        let file = self.data_file()?;
+        if file.length()? < new {
+            file.truncate(new, false, below, false)?;
+        }
+        Ok(())
+    }
+
     /// Allocates host clusters for the new area in one piece at the end of the
     /// file, with `preallocation` below. Returns whether they read as zeroes.
     fn preallocate_data(
@@ -292,7 +327,7 @@ impl<H: Host> Image<H> {
         let first = (at - cluster.0) as usize;
         bytes[first..first + len as usize].fill(0);
         let end = self.preallocate(st, cluster, 1 << bits)?;
-        self.host.file().write(end.0 - (1 << bits), &bytes)?;
+        self.write_data(cluster, HostOffset(end.0 - (1 << bits)), &bytes)?;
         self.l2_waits_for_data(st);
         Ok(())
     }

@@ -7,8 +7,11 @@ use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
-use crate::host::{File, GuestBuf, Host, Task, WaitQueue};
+use crate::host::{GuestBuf, Host, Task, WaitQueue};
 use crate::units::{GuestOffset, HostOffset, round_up};
+
+/// The largest part of a write that is treated as one, in bytes.
+const MAX_ALLOCATION: u64 = 1 << 30;
 
 /// Guest clusters that get host clusters, from the decision until the L2
 /// entries say so. Whoever wants to change the same clusters waits.
@@ -75,7 +78,7 @@ impl<H: Host> Image<H> {
         {
             let _token = self.inflight.enter();
             if let Some(host) = self.in_place(guest, len) {
-                return self.host.file().write_guest(host.0, buf, at, len as usize);
+                return self.write_data_guest(guest, host, buf, at, len as usize);
             }
         }
         self.write_mapped(guest, len, buf, at)
@@ -88,7 +91,8 @@ impl<H: Host> Image<H> {
         let Mapping::Normal(host) = run.mapping else {
             return None;
         };
-        let clear = self.overlap_fast(MetadataKind::empty(), host.0, len) == Some(None);
+        let clear = self.has_data_file()
+            || self.overlap_fast(MetadataKind::empty(), host.0, len) == Some(None);
         (run.copied && run.len == len && clear).then_some(host)
     }
 
@@ -182,7 +186,9 @@ impl<H: Host> Image<H> {
 
         // Entries that are treated alike, in this slice.
         let room = (at.slice.len() - at.index) as u64;
-        let wanted = round_up(guest.within(bits) + len, bits) >> bits;
+        // What is copied at the ends is written together with the data, and no
+        // request may be longer than 31 bits tell.
+        let wanted = round_up(guest.within(bits) + len, bits).min(MAX_ALLOCATION) >> bits;
         let mut count = 1;
         while count < room.min(wanted) {
             let next = at.slice.get(at.index + count as usize);
@@ -194,10 +200,10 @@ impl<H: Host> Image<H> {
         let start = guest.align_down(bits);
         let len = len.min((count << bits) - guest.within(bits));
 
-        let (host, reserved) = match entry.mapping() {
+        let (host, reserved) = match self.geometry.mapping(entry) {
             Mapping::Normal(host) if entry.copied() => {
                 let host = host.add(guest.within(bits));
-                self.ensure_no_overlap(st, MetadataKind::empty(), host.0, len)?;
+                self.ensure_free_for_data(st, host, len)?;
                 return Ok(Some(Piece {
                     guest,
                     len,
@@ -207,6 +213,7 @@ impl<H: Host> Image<H> {
                 }));
             }
             Mapping::ZeroAllocated(host) if entry.copied() => (host, true),
+            _ if self.has_data_file() => (HostOffset(start.0), false),
             _ => {
                 let host;
                 (host, count) = self.find_space(st, after, count)?;
@@ -214,7 +221,7 @@ impl<H: Host> Image<H> {
             }
         };
         if reserved {
-            self.ensure_no_overlap(st, MetadataKind::empty(), host.0, count << bits)?;
+            self.ensure_free_for_data(st, host, count << bits)?;
         }
         let len = len.min((count << bits) - guest.within(bits));
         let allocation = Arc::new(Allocation {
@@ -232,6 +239,19 @@ impl<H: Host> Image<H> {
             allocation: Some(allocation),
             token,
         }))
+    }
+
+    /// Refuses to write guest data over metadata.
+    fn ensure_free_for_data(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        host: HostOffset,
+        len: u64,
+    ) -> Result<()> {
+        if self.has_data_file() {
+            return self.ensure_usable();
+        }
+        self.ensure_no_overlap(st, MetadataKind::empty(), host.0, len)
     }
 
     /// Takes up to `count` clusters for guest data in one piece: at `after`, as
@@ -301,10 +321,7 @@ impl<H: Host> Image<H> {
 
     fn run_piece(&self, piece: Piece<'_, H>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
         let Some(allocation) = &piece.allocation else {
-            return self
-                .host
-                .file()
-                .write_guest(piece.host.0, buf, at, piece.len as usize);
+            return self.write_data_guest(piece.guest, piece.host, buf, at, piece.len as usize);
         };
         let result = self.write_new(&piece, allocation, buf, at);
         // What this request frees need not wait for this request.
@@ -320,7 +337,7 @@ impl<H: Host> Image<H> {
         written: Result<bool>,
     ) -> Result<()> {
         let result = written.and_then(|copied| self.link(st, allocation, copied));
-        if result.is_err() && !allocation.reserved {
+        if result.is_err() && !allocation.reserved && !self.has_data_file() {
             let len = allocation.end.0 - allocation.start.0;
             self.free(st, allocation.host, len, Reason::Never);
         }
@@ -361,7 +378,8 @@ impl<H: Host> Image<H> {
                 continue;
             }
             self.l2.set(&at.slice, index, L2Entry::normal(host));
-            if old.mapping().host_cluster().is_some() || old.is_compressed() {
+            let keeps = self.has_data_file();
+            if !keeps && (old.mapping().host_cluster().is_some() || old.is_compressed()) {
                 replaced.push(old);
             }
         }
@@ -375,7 +393,11 @@ impl<H: Host> Image<H> {
     /// Gives back what an L2 entry referred to.
     pub(super) fn free_entry(&self, st: &mut StateGuard<'_, H>, entry: L2Entry, reason: Reason) {
         let size = self.geometry.cluster_size();
-        match entry.mapping() {
+        match self.geometry.mapping(entry) {
+            Mapping::Normal(host) | Mapping::ZeroAllocated(host) if self.has_data_file() => {
+                self.discard_external(host, reason);
+            }
+            _ if self.has_data_file() => {}
             Mapping::Normal(host) | Mapping::ZeroAllocated(host) => {
                 if host.is_aligned(self.geometry.cluster_bits) {
                     self.free(st, host, size, reason);

@@ -72,6 +72,9 @@ impl<H: Host> Image<H> {
         } else if !st.order.l2_after_data {
             return Ok(());
         }
+        if st.order.l2_after_data {
+            self.flush_data_file()?;
+        }
         self.host.file().flush()?;
         st.order.l2_after_refcounts = false;
         st.order.l2_after_data = false;
@@ -82,6 +85,7 @@ impl<H: Host> Image<H> {
     fn settle_refcounts(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         if st.order.refcounts_after_l2 {
             if st.order.l2_after_data {
+                self.flush_data_file()?;
                 self.host.file().flush()?;
                 st.order.l2_after_data = false;
             }

@@ -58,7 +58,8 @@ impl<H: Host> Image<H> {
         let run = self.lookup_locked(&mut st, start, 1 << bits)?;
         match run.mapping {
             Mapping::Unallocated | Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => {
-                self.zeroize(&mut st, start, 1 << bits, flags)
+                let len = (1 << bits).min(size - start.0);
+                self.zeroize(&mut st, start, len, flags)
             }
             _ => Err(Error::errno(libc::ENOTSUP)),
         }
@@ -80,9 +81,14 @@ impl<H: Host> Image<H> {
             }
             return Err(Error::errno(libc::ENOTSUP));
         }
+        if self.data_file_is_raw() {
+            self.await_all_allocations(st, guest, len);
+            // Whoever reads the data file alone has to see zeroes, too.
+            self.data_file()?.write_zeroes(guest.0, len, flags)?;
+        }
         let keep = self.shared.read().options.discard_no_unref;
         self.change_entries(st, guest, len, Reason::Request, |old| {
-            let mapping = old.mapping();
+            let mapping = self.geometry.mapping(old);
             let allocated = !matches!(mapping, Mapping::Unallocated | Mapping::ZeroPlain);
             let unmap = mapping == Mapping::Compressed || (flags.may_unmap && allocated);
             let keep = keep && mapping != Mapping::Compressed;
@@ -113,6 +119,14 @@ impl<H: Host> Image<H> {
             return Err(Error::errno(libc::ENOTSUP));
         }
         let mut st = self.lock();
+        if self.data_file_is_raw() {
+            self.await_all_allocations(&mut st, guest, len);
+            let flags = ZeroFlags {
+                may_unmap: true,
+                no_fallback: false,
+            };
+            self.data_file()?.write_zeroes(guest.0, len, flags)?;
+        }
         self.discard_clusters(&mut st, guest, len, Reason::Request, After::Zeroes)
     }
 
@@ -131,7 +145,7 @@ impl<H: Host> Image<H> {
             && reason == Reason::Request;
         self.reclaim(st)?;
         let result = self.change_entries(st, guest, len, reason, |old| {
-            let mapping = old.mapping();
+            let mapping = self.geometry.mapping(old);
             let keep = keep && mapping != Mapping::Compressed;
             let allocated = !matches!(mapping, Mapping::Unallocated | Mapping::ZeroPlain);
             let entry = match after {
@@ -182,7 +196,7 @@ impl<H: Host> Image<H> {
                 self.links().changed(guest.0 + (i << bits), 1 << bits);
                 if new.free {
                     self.free_entry(st, old, reason);
-                } else if let Some(host) = old.mapping().host_cluster() {
+                } else if let Some(host) = self.geometry.mapping(old).host_cluster() {
                     // The reference stays, the space goes.
                     let options = self.shared.read().options;
                     if options.discard_no_unref
@@ -190,10 +204,8 @@ impl<H: Host> Image<H> {
                         && reason == Reason::Request
                         && new.entry.has_zero_flag()
                     {
-                        let _ = self
-                            .host
-                            .file()
-                            .discard(host.0, self.geometry.cluster_size());
+                        let size = self.geometry.cluster_size();
+                        let _ = self.data_file()?.discard(host.0, size);
                     }
                 }
             }

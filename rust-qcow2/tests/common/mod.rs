@@ -50,8 +50,10 @@ pub fn create(shape: Shape, size: u64) -> MemoryFile {
         refcount_order: RefcountOrder::new(shape.refcount_order).unwrap(),
         lazy_refcounts: shape.lazy_refcounts,
         compression: CompressionType::Zlib,
+        data_file: false,
+        data_file_raw: false,
     };
-    format(&file, &params).unwrap();
+    format(&file, &params, None).unwrap();
     let image = open(&file, None, &OptionRequest::default());
     image.resize(size, true, Preallocation::Off, false).unwrap();
     image.inactivate().unwrap();

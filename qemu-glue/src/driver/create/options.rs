@@ -86,15 +86,24 @@ impl Creation {
         if on(c"encryption") || self.get(c"encrypt.format").is_some() {
             return refuse("encryption");
         }
-        if self.get(c"data_file").is_some() || on(c"data_file_raw") {
-            return refuse("external data files");
-        }
         if on(c"extended_l2") {
             return refuse("extended L2 entries");
         }
         // SAFETY: the dictionary is ours. The key may be there with "off".
         unsafe { sys::qdict_del(self.dict, c"encryption".as_ptr()) };
         Ok(())
+    }
+
+    /// The name of the external data file, if there is to be one.
+    pub(super) fn data_file(&self) -> Option<String> {
+        self.get(c"data_file")
+    }
+
+    /// Sets the node of the data file that was created meanwhile.
+    pub(super) fn set_data_file(&self, node: *const c_char) {
+        // SAFETY: the dictionary is ours.
+        unsafe { sys::qdict_del(self.dict, c"data_file".as_ptr()) };
+        self.put(c"data-file", node);
     }
 
     fn get(&self, key: &CStr) -> Option<String> {

@@ -62,11 +62,15 @@ impl<H: Host> Check<'_, '_, H> {
         let mut changed = 0;
         for index in 0..self.image.geometry.l2_entries() as usize {
             let entry = L2Entry(word(bytes, index));
-            let Some(at) = entry.mapping().host_cluster() else {
+            let Some(at) = self.image.geometry.mapping(entry).host_cluster() else {
                 continue;
             };
-            let cluster = self.image.geometry.cluster_of(at).0;
-            let Ok(refcount) = self.refcount_after(cluster) else {
+            let refcount = if self.image.has_data_file() {
+                Ok(1)
+            } else {
+                self.refcount_after(self.image.geometry.cluster_of(at).0)
+            };
+            let Ok(refcount) = refcount else {
                 continue;
             };
             if (refcount == 1) == entry.copied() {

@@ -174,9 +174,9 @@ impl<H: Host> Check<'_, '_, H> {
                 ));
                 self.report.corruptions += 1;
             }
-            match entry.mapping() {
+            match self.image.geometry.mapping(entry) {
                 Mapping::Unallocated | Mapping::ZeroPlain => {}
-                Mapping::Compressed => self.count_compressed(entry, table.owner)?,
+                Mapping::Compressed => self.count_compressed(entry, index, table.owner)?,
                 Mapping::Normal(at) => self.count_cluster(&mut table, index, at, false, fix)?,
                 Mapping::ZeroAllocated(at) => {
                     self.count_cluster(&mut table, index, at, true, fix)?;
@@ -186,7 +186,7 @@ impl<H: Host> Check<'_, '_, H> {
         Ok(())
     }
 
-    fn count_compressed(&mut self, entry: L2Entry, owner: Owner) -> Result<()> {
+    fn count_compressed(&mut self, mut entry: L2Entry, index: usize, owner: Owner) -> Result<()> {
         let cluster_bits = self.image.geometry.cluster_bits;
         // All bits of the offset, those included that no file can have.
         let offset = entry.0 & ((1 << (70 - cluster_bits)) - 1);
@@ -195,6 +195,15 @@ impl<H: Host> Check<'_, '_, H> {
                 "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
             ));
             self.report.corruptions += 1;
+            entry = entry.with_copied(false);
+        }
+        if self.image.has_data_file() {
+            self.say(format_args!(
+                "ERROR compressed cluster {index} with data file, entry={:#x}",
+                entry.0
+            ));
+            self.report.corruptions += 1;
+            return Ok(());
         }
         self.count(offset, entry.compressed(cluster_bits).len)?;
         if owner == Owner::Active {
@@ -238,6 +247,9 @@ impl<H: Host> Check<'_, '_, H> {
                 self.report.fragmented_clusters += 1;
             }
             table.next = Some(at.0 + geometry.cluster_size());
+        }
+        if self.image.has_data_file() {
+            return Ok(());
         }
         self.count(at.0, geometry.cluster_size())
     }

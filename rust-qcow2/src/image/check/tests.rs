@@ -56,8 +56,10 @@ fn sample_with(cluster_bits: u32, refcount_order: u32) -> MemoryFile {
         refcount_order: RefcountOrder::new(refcount_order).unwrap(),
         lazy_refcounts: false,
         compression: CompressionType::Zlib,
+        data_file: false,
+        data_file_raw: false,
     };
-    format(&file, &params).unwrap();
+    format(&file, &params, None).unwrap();
     let image = try_open(&file, false, true).unwrap();
     image.resize(SIZE, true, Preallocation::Off, false).unwrap();
     let data = Mutex::new(content());

@@ -1,0 +1,115 @@
+//! Guest data on their way between the guest and the file that holds them:
+//! the image file, or an external data file.
+
+use super::Image;
+use super::refcounts::Reason;
+use crate::error::{Error, Result};
+use crate::host::{File, GuestBuf, Host, Part};
+use crate::units::{GuestOffset, HostOffset};
+
+impl<H: Host> Image<H> {
+    /// Whether guest data are in a file of their own.
+    #[inline]
+    pub fn has_data_file(&self) -> bool {
+        self.geometry.external_data
+    }
+
+    /// Whether that file has to be a raw image of the disk.
+    pub(super) fn data_file_is_raw(&self) -> bool {
+        use crate::format::header::Autoclear;
+        let shared = self.shared.read();
+        shared.header.autoclear.contains(Autoclear::RAW_DATA_FILE)
+    }
+
+    /// The file that holds guest data.
+    ///
+    /// # Errors
+    /// `EIO` where the image was opened without it.
+    #[inline]
+    pub(crate) fn data_file(&self) -> Result<H::File> {
+        if self.has_data_file() {
+            let file = self.host.data_file();
+            file.ok_or_else(|| Error::errno(libc::EIO))
+        } else {
+            Ok(self.host.file())
+        }
+    }
+
+    /// Reads `len` bytes of the guest at `guest`, which are at `host`, into
+    /// guest memory from `at` on.
+    #[inline]
+    pub(crate) fn read_data_guest(
+        &self,
+        _guest: GuestOffset,
+        host: HostOffset,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+        len: usize,
+    ) -> Result<()> {
+        self.data_file()?.read_guest(host.0, buf, at, len)
+    }
+
+    /// The same into driver memory.
+    pub(crate) fn read_data(
+        &self,
+        _guest: GuestOffset,
+        host: HostOffset,
+        bytes: &mut [u8],
+    ) -> Result<()> {
+        self.data_file()?.read(host.0, bytes)
+    }
+
+    /// Writes `len` bytes of the guest from `at` on, whose place is `host`.
+    #[inline]
+    pub(super) fn write_data_guest(
+        &self,
+        _guest: GuestOffset,
+        host: HostOffset,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+        len: usize,
+    ) -> Result<()> {
+        self.data_file()?.write_guest(host.0, buf, at, len)
+    }
+
+    /// The same from driver memory.
+    pub(super) fn write_data(
+        &self,
+        _guest: GuestOffset,
+        host: HostOffset,
+        bytes: &[u8],
+    ) -> Result<()> {
+        self.data_file()?.write(host.0, bytes)
+    }
+
+    /// The same for parts that follow each other.
+    pub(super) fn write_data_parts(
+        &self,
+        _guest: GuestOffset,
+        host: HostOffset,
+        parts: &[Part<'_, GuestBuf<'_, H>>],
+    ) -> Result<()> {
+        self.data_file()?.write_parts(host.0, parts)
+    }
+
+    /// Makes guest data durable that are not in the image file.
+    pub(super) fn flush_data_file(&self) -> Result<()> {
+        if self.has_data_file() {
+            self.data_file()?.flush()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Passes it on that a cluster of an external data file is not needed any
+    /// more, where that is wanted. At once: the next write to the guest
+    /// cluster goes to the same place.
+    pub(super) fn discard_external(&self, host: HostOffset, reason: Reason) {
+        if self.shared.read().options.passes(reason) {
+            if let Ok(file) = self.data_file() {
+                // Advice, as for other discards.
+                let _ = file.discard(host.0, self.geometry.cluster_size());
+            }
+        }
+    }
+}
