@@ -164,7 +164,7 @@ impl<H: Host> Image<H> {
                     }
                     other => other,
                 };
-                if other.mapping() != expected || other.copied() != entry.copied() {
+                if geometry.mapping(other) != expected || other.copied() != entry.copied() {
                     break;
                 }
                 covered += size;

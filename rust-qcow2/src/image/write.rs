@@ -7,6 +7,7 @@ use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
+use crate::format::geometry::Geometry;
 use crate::host::{GuestBuf, Host, Task, WaitQueue};
 use crate::units::{GuestOffset, HostOffset, round_up};
 
@@ -192,7 +193,7 @@ impl<H: Host> Image<H> {
         let mut count = 1;
         while count < room.min(wanted) {
             let next = at.slice.get(at.index + count as usize);
-            if !same_treatment(entry, next, count << bits) {
+            if !same_treatment(&self.geometry, entry, next, count << bits) {
                 break;
             }
             count += 1;
@@ -450,8 +451,8 @@ impl<H: Host> Image<H> {
 }
 
 /// Whether a write treats an entry like the one `distance` bytes before it.
-fn same_treatment(first: L2Entry, next: L2Entry, distance: u64) -> bool {
-    match (first.mapping(), first.copied()) {
+fn same_treatment(geometry: &Geometry, first: L2Entry, next: L2Entry, distance: u64) -> bool {
+    match (geometry.mapping(first), first.copied()) {
         (Mapping::Normal(host), true) => next == L2Entry::normal(host.add(distance)),
         (Mapping::ZeroAllocated(host), true) => next == L2Entry::zero_allocated(host.add(distance)),
         _ => {
