@@ -84,6 +84,41 @@ fn the_disk_stays_the_same() {
 }
 
 #[test]
+fn both_methods_in_one_plan() {
+    let Some(img) = qemu("qemu-img") else { return };
+    // From the base up: what each layer has, in MiB.
+    for (sizes, methods) in [
+        ([1, 8, 2, 2, 8, 1], ["commit", "stream"]),
+        ([1, 2, 8, 8, 2, 1], ["stream", "commit"]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let trace = dir.path().join("trace");
+        let mut lines = String::new();
+        for (layer, size) in sizes.iter().enumerate() {
+            let start = layer as u64 * (10 << 20);
+            lines += &format!("write {start} {}\nsnapshot\n", size << 20);
+        }
+        std::fs::write(&trace, lines).unwrap();
+        let (top, raw) = chain(
+            dir.path(),
+            &["--layers", "6", "--zeroes", "0", "--trace", &name(&trace)],
+        );
+        let plan = json(0, &["plan", "--depth", "4", "--keep-last", "1", &top]);
+        // The lowest one first.
+        let merges = plan["merges"].as_array().unwrap();
+        let found: Vec<_> = merges
+            .iter()
+            .map(|merge| merge["method"].as_str().unwrap())
+            .collect();
+        assert_eq!(found, methods);
+        assert_eq!(plan["bytes_to_copy"], 4 << 20);
+        carry_out(&plan);
+        run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
+        assert_eq!(json(0, &["view", &top])["depth"], 4);
+    }
+}
+
+#[test]
 fn bytes_are_those_that_are_copied() {
     let dir = tempfile::tempdir().unwrap();
     let (top, _) = chain(dir.path(), &["--layers", "6", "--zeroes", "0"]);

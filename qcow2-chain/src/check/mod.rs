@@ -175,7 +175,7 @@ fn print(report: &Report) -> Result<()> {
         }
         writeln!(out, "{}", printable(&finding.message))?;
         if let Some(command) = &finding.command {
-            writeln!(out, "         mend:  {}", printable(command))?;
+            writeln!(out, "         run:  {}", printable(command))?;
         }
         if let Some(advice) = &finding.advice {
             writeln!(out, "         {}", printable(advice))?;

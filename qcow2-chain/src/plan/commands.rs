@@ -19,13 +19,18 @@ pub struct Commands {
 }
 
 impl Commands {
-    /// For the layers from depth `top` down to depth `bottom`.
-    pub fn new(args: &Plan, chain: &Chain, top: usize, bottom: usize, method: Method) -> Self {
+    /// For the layers from depth `top` down to depth `bottom`, when all merges
+    /// further down have been carried out: the layer below is at depth `below`.
+    pub fn new(
+        args: &Plan,
+        chain: &Chain,
+        (top, bottom, below): (usize, usize, Option<usize>),
+        method: Method,
+    ) -> Self {
         let name = |depth: usize| chain.layers[depth].path.display().to_string();
         let word = |depth: usize| quoted(&name(depth));
         let format = |depth: usize| chain.layers[depth].format().to_owned();
         let (device, domain, target) = (&args.device, quoted(&args.domain), quoted(&args.target));
-        let below = (bottom + 1 < chain.layers.len()).then_some(bottom + 1);
         let mut commands = Self {
             qmp: Vec::new(),
             virsh: Vec::new(),

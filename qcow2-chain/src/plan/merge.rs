@@ -82,7 +82,10 @@ pub fn merge(mut groups: Vec<Group>, fixed: usize, limits: Limits) -> Vec<Group>
     let mut costs: Vec<u64> = groups.windows(2).map(|pair| candidate(pair).0).collect();
     let mut spent = 0u64;
     while groups.len() + fixed > limits.depth {
-        let cheapest = costs.iter().enumerate().min_by_key(|(_, cost)| **cost);
+        // Of equals the fewest layers, as the same bytes are copied less often.
+        let layers = |at: usize| groups[at].layers() + groups[at + 1].layers();
+        let each = costs.iter().enumerate();
+        let cheapest = each.min_by_key(|(at, cost)| (**cost, layers(*at)));
         let Some((at, cost)) = cheapest.map(|(at, cost)| (at, *cost)) else {
             break;
         };

@@ -33,6 +33,7 @@ struct Report {
     bytes_freed: i64,
     before: State,
     after: State,
+    /// In the order in which they are to be carried out.
     merges: Vec<Merge>,
 }
 
@@ -152,7 +153,15 @@ fn report(
     let mut saved_tables = 0;
     // Layers that become one with the layer above of them.
     let mut joined = vec![false; chain.layers.len()];
-    for group in groups.iter().filter(|group| group.layers() > 1) {
+    // The file right below the group, as it is when those below are merged:
+    // from the bottom up, every command finds the chain as it expects it.
+    let last = groups.last().map_or(0, |group| group.bottom);
+    let mut below = Some(last + 1).filter(|depth| *depth < chain.layers.len());
+    for group in groups.iter().rev() {
+        if group.layers() == 1 {
+            below = Some(group.top);
+            continue;
+        }
         let method = method(args.method, group);
         let (into, bytes) = match method {
             Method::Stream => (group.top, group.stream_bytes()),
@@ -177,8 +186,9 @@ fn report(
             bytes,
             into: file(into),
             dropped: dropped.into_iter().map(file).collect(),
-            commands: Commands::new(args, chain, group.top, group.bottom, method),
+            commands: Commands::new(args, chain, (group.top, group.bottom, below), method),
         });
+        below = Some(into);
     }
     let tables = |figures: &LayerFigures, depth: usize| {
         figures.l2_tables * chain.layers[depth].qcow2().map_or(0, |q| q.cluster_size)
@@ -249,8 +259,8 @@ fn print(report: &Report) -> Result<()> {
     if !report.merges.is_empty() {
         writeln!(
             out,
-            "No other image may have the layers below as its backing file, and the commands for a\n\
-             program that runs and those for qemu-img exclude each other."
+            "To be carried out in this order, by QMP or virsh where a program has the chain open, else\n\
+             by qemu-img. No other image may have one of these layers as its backing file."
         )?;
     }
     for merge in &report.merges {
