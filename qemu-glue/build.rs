@@ -91,6 +91,7 @@ const FUNCTIONS: &[&str] = &[
     // Coroutines, memory, vectors.
     "aio_co_wake",
     "qemu_co_mutex_lock",
+    "thread_pool_submit_co",
     "qemu_co_mutex_unlock",
     "qemu_coroutine_create",
     "qemu_coroutine_enter",

@@ -171,6 +171,10 @@ impl Host for Qemu {
         parallel::run(workers, tasks)
     }
 
+    fn offload<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        parallel::offload(work)
+    }
+
     #[inline]
     fn event(&self, event: Event) {
         self.file().tell(blkdebug_event(event));
@@ -277,6 +281,9 @@ fn blkdebug_event(event: Event) -> sys::BlkdebugEvent {
         Event::L1GrowActivateTable => sys::BLKDBG_L1_GROW_ACTIVATE_TABLE,
         Event::L2Load => sys::BLKDBG_L2_LOAD,
         Event::L2Update => sys::BLKDBG_L2_UPDATE,
+        Event::L2UpdateCompressed => sys::BLKDBG_L2_UPDATE_COMPRESSED,
+        Event::ReadCompressed => sys::BLKDBG_READ_COMPRESSED,
+        Event::WriteCompressed => sys::BLKDBG_WRITE_COMPRESSED,
         Event::L2AllocCowRead => sys::BLKDBG_L2_ALLOC_COW_READ,
         Event::L2AllocWrite => sys::BLKDBG_L2_ALLOC_WRITE,
         Event::CowRead => sys::BLKDBG_COW_READ,
@@ -292,6 +299,7 @@ fn blkdebug_event(event: Event) -> sys::BlkdebugEvent {
         Event::RefblockAllocWriteTable => sys::BLKDBG_REFBLOCK_ALLOC_WRITE_TABLE,
         Event::RefblockAllocSwitchTable => sys::BLKDBG_REFBLOCK_ALLOC_SWITCH_TABLE,
         Event::ClusterAlloc => sys::BLKDBG_CLUSTER_ALLOC,
+        Event::ClusterAllocBytes => sys::BLKDBG_CLUSTER_ALLOC_BYTES,
         Event::ClusterAllocSpace => sys::BLKDBG_CLUSTER_ALLOC_SPACE,
         Event::ClusterFree => sys::BLKDBG_CLUSTER_FREE,
         Event::EmptyImagePrepare => sys::BLKDBG_EMPTY_IMAGE_PREPARE,

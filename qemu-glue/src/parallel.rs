@@ -1,6 +1,6 @@
-//! Tasks of one request in several coroutines.
+//! Tasks of one request in several coroutines, and work for other threads.
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::panic::resume_unwind;
 use std::vec;
 
@@ -130,4 +130,35 @@ unsafe extern "C" fn help(opaque: *mut c_void) {
         // coroutine ends, as both have the same AioContext.
         unsafe { sys::aio_co_wake(coroutine) };
     }
+}
+
+/// Work for a thread of the pool, and what came of it.
+struct Job<F, T> {
+    work: Option<F>,
+    result: Option<std::result::Result<T, Payload>>,
+}
+
+/// Runs `work` in a thread of QEMU's pool while the coroutine that calls this
+/// waits.
+pub(crate) fn offload<T: Send, F: FnOnce() -> T + Send>(work: F) -> T {
+    let mut job = Job {
+        work: Some(work),
+        result: None,
+    };
+    // SAFETY: in a coroutine, which waits until the function has returned, so
+    // the job outlives it; nobody else uses the job meanwhile.
+    unsafe { sys::thread_pool_submit_co(Some(run_job::<T, F>), (&raw mut job).cast()) };
+    match job.result {
+        Some(Ok(result)) => result,
+        Some(Err(payload)) => resume_unwind(payload),
+        // The pool runs what it was given.
+        None => panic!("the thread pool did not run its work"),
+    }
+}
+
+unsafe extern "C" fn run_job<T, F: FnOnce() -> T>(opaque: *mut c_void) -> c_int {
+    // SAFETY: the pointer is that of `offload`, which waits for this function.
+    let job = unsafe { &mut *opaque.cast::<Job<F, T>>() };
+    job.result = job.work.take().map(catch);
+    0
 }

@@ -13,6 +13,7 @@
 #include "block/dirty-bitmap.h"
 #include "block/qdict.h"
 #include "block/snapshot.h"
+#include "block/thread-pool.h"
 #include "qapi/error.h"
 #include "qapi/qapi-events-block-core.h"
 #include "qapi/qapi-visit-block-core.h"

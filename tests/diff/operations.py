@@ -88,6 +88,27 @@ def write(chain, rng):
     chain.top.content.fill(start, start + length, value)
 
 
+def compress(chain, rng):
+    """Writes compressed clusters, where no other cluster is in the way."""
+    top = chain.top
+    if top.kind != 'qcow2' or not chain.alike or top.packed is None:
+        return
+    # Opened anew: QEMU's driver goes on packing into the cluster it packed into
+    # last even if that was freed and given to a table meanwhile.
+    chain.close()
+    opened(chain, rng)
+    for _ in range(rng.randint(1, 6)):
+        start = spot(chain, rng)
+        start -= start % top.cluster
+        if start in top.packed or start + top.cluster > top.size:
+            continue
+        value = rng.choice(DATA)
+        # A cluster that has data is refused.
+        if not chain.commands(f'write -q -c -P {value} {start} {top.cluster}'):
+            top.content.fill(start, start + top.cluster, value)
+            top.packed.add(start)
+
+
 def zero(chain, rng):
     """Writes zeroes the short way."""
     opened(chain, rng)
@@ -373,6 +394,9 @@ def convert(chain, rng):
     unordered = rng.random() < 0.3
     if unordered:
         args += ['-W', '-m', rng.randint(1, 16)]
+    if not preallocated and rng.random() < 0.4:
+        args.append('-c')
+        layer.packed = None
     chain.both('qemu-img', args + [top.name, layer.name])
     for side in (0, 1):
         chain.check_layer(side, layer)
@@ -561,7 +585,7 @@ def wound(path, rng):
 
 
 OPERATIONS = {
-    write: 30, zero: 10, discard: 9, read: 9, read_all: 3, parallel: 8, flush: 3, truncate: 5, inspect: 3,
+    write: 30, compress: 6, zero: 10, discard: 9, read: 9, read_all: 3, parallel: 8, flush: 3, truncate: 5, inspect: 3,
     reopen: 8, bitmap: 6, snapshot: 7, commit: 4, rebase: 2, convert: 2, measure: 1, crash: 3, repair: 2,
 }
 BY_NAME = {operation.__name__: operation for operation in OPERATIONS}
@@ -575,7 +599,7 @@ def draw_sequence(rng):
     # First a chain with something in it.
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3, 5, 8, 11])):
         for _ in range(rng.randint(0, 5)):
-            sequence.append(rng.choice(['write', 'write', 'write', 'zero', 'discard']))
+            sequence.append(rng.choice(['write', 'write', 'write', 'compress', 'zero', 'discard']))
         sequence.append('snapshot')
     for _ in range(rng.randint(5, 60)):
         sequence.append(rng.choices(names, weights)[0])

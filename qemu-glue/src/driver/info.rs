@@ -33,7 +33,12 @@ pub(super) unsafe extern "C" fn refresh_limits(bs: *mut sys::BlockDriverState, _
 pub(super) unsafe extern "C" fn has_zero_init(bs: *mut sys::BlockDriverState) -> c_int {
     contain("has_zero_init", 0, || {
         // SAFETY: a callback of the driver for `bs`.
-        unsafe { file_has_zero_init(bs) }
+        unsafe {
+            match Node::of(bs) {
+                Some(node) if !node.image().begins_with_table() => 1,
+                _ => file_has_zero_init(bs),
+            }
+        }
     })
 }
 

@@ -59,6 +59,22 @@ pub(super) unsafe extern "C" fn pwritev_part(
     }
 }
 
+pub(super) unsafe extern "C" fn pwritev_compressed_part(
+    bs: *mut sys::BlockDriverState,
+    offset: i64,
+    bytes: i64,
+    qiov: *mut sys::QEMUIOVector,
+    qiov_offset: usize,
+) -> c_int {
+    // SAFETY: as for `preadv_part`.
+    unsafe {
+        request(bs, Access::Write, |image| {
+            let (offset, len) = range(offset, bytes)?;
+            image.write_compressed(offset, len, Qiov::new(qiov), qiov_offset)
+        })
+    }
+}
+
 pub(super) unsafe extern "C" fn pwrite_zeroes(
     bs: *mut sys::BlockDriverState,
     offset: i64,

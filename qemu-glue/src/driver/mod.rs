@@ -125,6 +125,7 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_detach_aio_context: Some(open::detach_aio_context),
 
         bdrv_co_preadv_part: Some(io::preadv_part),
+        bdrv_co_pwritev_compressed_part: Some(io::pwritev_compressed_part),
         bdrv_co_pwritev_part: Some(io::pwritev_part),
         bdrv_co_pwrite_zeroes: Some(io::pwrite_zeroes),
         bdrv_co_pdiscard: Some(io::pdiscard),

@@ -7,8 +7,8 @@ use arc_swap::Guard;
 use super::entry::{Entry, Resolved};
 use super::index::{Index, SLICE_ENTRIES, Slice};
 use super::view::View;
-use crate::error::{Error, Result};
-use crate::format::entry::Mapping;
+use crate::error::Result;
+use crate::format::entry::{CompressedExtent, Mapping};
 use crate::host::{Buf, File, GuestBuf, Host};
 use crate::image::{Held, Image, Token};
 use crate::units::{GuestOffset, HostOffset};
@@ -21,10 +21,46 @@ pub(crate) enum Source<'a, H: Host> {
     /// In the file of a layer below. The place is not reused as long as the
     /// layer is held.
     Layer(Held<H>, HostOffset),
+    /// Compressed, in the file of one of the images. The place is not reused as
+    /// long as the image is held.
+    Packed(Keeper<'a, H>, CompressedExtent),
     /// They are zeroes.
     Zero,
     /// In what is below the last layer of this kind.
     Below(H::File),
+}
+
+/// An image of the chain whose clusters stay where they are.
+pub(crate) enum Keeper<'a, H: Host> {
+    /// The image itself.
+    Own(&'a Image<H>, #[allow(dead_code)] Token<'a>),
+    /// A layer below.
+    Layer(Held<H>),
+}
+
+impl<H: Host> Keeper<'_, H> {
+    fn image(&self) -> &Image<H> {
+        match self {
+            Self::Own(image, _) => image,
+            Self::Layer(held) => held.image(),
+        }
+    }
+
+    /// The bytes from `guest` on, as many as `bytes`, of a cluster that is
+    /// compressed.
+    fn with_bytes(
+        &self,
+        extent: CompressedExtent,
+        guest: GuestOffset,
+        len: usize,
+        then: impl FnOnce(&[u8]),
+    ) -> Result<()> {
+        let image = self.image();
+        let cluster = image.read_compressed(extent)?;
+        let within = guest.within(image.geometry().cluster_bits) as usize;
+        then(&cluster[within..within + len]);
+        Ok(())
+    }
 }
 
 /// A range of guest bytes that come from one source.
@@ -47,6 +83,9 @@ impl<H: Host> Found<'_, H> {
         match &self.source {
             Source::Own(image, host, _) => image.read_data_guest(guest, *host, buf, at, len),
             Source::Layer(held, host) => held.image().read_data_guest(guest, *host, buf, at, len),
+            Source::Packed(keeper, extent) => {
+                keeper.with_bytes(*extent, guest, len, |bytes| buf.put(at, bytes))
+            }
             Source::Zero => {
                 buf.zero(at, len);
                 Ok(())
@@ -60,6 +99,11 @@ impl<H: Host> Found<'_, H> {
         match &self.source {
             Source::Own(image, host, _) => image.read_data(guest, *host, bytes),
             Source::Layer(held, host) => held.image().read_data(guest, *host, bytes),
+            Source::Packed(keeper, extent) => {
+                keeper.with_bytes(*extent, guest, bytes.len(), |found| {
+                    bytes.copy_from_slice(found);
+                })
+            }
             Source::Zero => {
                 bytes.fill(0);
                 Ok(())
@@ -73,8 +117,7 @@ impl<H: Host> Found<'_, H> {
 /// following ones as come from the same place in one piece.
 ///
 /// # Errors
-/// Those of a layer's file, `EIO` for damaged tables, `ENOTSUP` for compressed
-/// clusters.
+/// Those of a layer's file, `EIO` for damaged tables.
 pub(crate) fn find<H: Host>(
     top: &Image<H>,
     guest: GuestOffset,
@@ -89,7 +132,10 @@ pub(crate) fn find<H: Host>(
         let source = match run.mapping {
             Mapping::Normal(host) => Some(Source::Own(top, host, token)),
             Mapping::ZeroPlain | Mapping::ZeroAllocated(_) => Some(Source::Zero),
-            Mapping::Compressed => return Err(compressed_clusters()),
+            Mapping::Compressed => {
+                let extent = run.entry.compressed(top.geometry().cluster_bits);
+                Some(Source::Packed(Keeper::Own(top, token), extent))
+            }
             Mapping::Unallocated => None,
         };
         if let Some(source) = source {
@@ -311,7 +357,11 @@ fn walk<'a, H: Host>(
                 reads.zero();
                 Source::Zero
             }
-            Mapping::Compressed => return Err(compressed_clusters()),
+            Mapping::Compressed => {
+                reads.data(view.layers.len() - number);
+                let extent = run.entry.compressed(layer.geometry().cluster_bits);
+                Source::Packed(Keeper::Layer(held), extent)
+            }
             Mapping::Unallocated => continue,
         };
         return Ok(Found { len, source });
@@ -319,9 +369,4 @@ fn walk<'a, H: Host>(
     reads.below();
     let source = below(&view.layers[0]);
     Ok(Found { len, source })
-}
-
-/// The error for a cluster that this stage does not read.
-fn compressed_clusters() -> Error {
-    Error::unsupported("rqcow2 does not support compressed clusters yet")
 }

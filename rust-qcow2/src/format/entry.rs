@@ -175,6 +175,22 @@ impl L2Entry {
         }
     }
 
+    /// The entry for `len` > 0 bytes of compressed data at `at`, which end
+    /// below [`L2Entry::packed_limit`].
+    #[must_use]
+    pub const fn packed(at: HostOffset, len: u64, cluster_bits: u32) -> Self {
+        let offset_bits = 62 - (cluster_bits - 8);
+        let sectors = (at.0 + len - 1) / 512 - at.0 / 512;
+        Self(COMPRESSED | sectors << offset_bits | at.0)
+    }
+
+    /// Where compressed data have to end, for their place to fit into an entry.
+    #[must_use]
+    pub const fn packed_limit(cluster_bits: u32) -> u64 {
+        let offset_bits = 62 - (cluster_bits - 8);
+        1 << if offset_bits < 56 { offset_bits } else { 56 }
+    }
+
     /// The place of compressed data, for an entry with the compressed flag.
     ///
     /// The low `x = 62 - (cluster_bits - 8)` bits are the offset, the bits from
@@ -285,5 +301,20 @@ mod tests {
         let extent = entry.compressed(16);
         assert_eq!(extent.offset, HostOffset(0x1_2345));
         assert_eq!(extent.len, 4 * 512 - 0x145);
+
+        for (at, len, bits) in [
+            (0x1_2345, 1, 16),
+            (0x1_2345, 65535, 16),
+            (512, 512, 9),
+            (7 << 40, 5000, 21),
+        ] {
+            let entry = L2Entry::packed(HostOffset(at), len, bits);
+            let extent = entry.compressed(bits);
+            assert_eq!(
+                (entry.mapping(), extent.offset.0),
+                (Mapping::Compressed, at)
+            );
+            assert!(extent.len >= len && extent.len < len + 512);
+        }
     }
 }

@@ -7,10 +7,12 @@
 //! - [`extension`]: header extensions, the feature name table among them
 //! - [`geometry`]: what follows from cluster size and disk size, and the limits
 //! - [`entry`]: L1 and L2 table entries
+//! - `compression`: compressed clusters
 //! - [`bitmaps`]: persistent dirty bitmaps
 //! - [`refcount`]: refcount blocks of all widths
 
 pub mod bitmaps;
+mod compression;
 pub mod entry;
 pub mod extension;
 pub mod geometry;

@@ -83,6 +83,12 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// That of the task that failed first.
     fn parallel(&self, workers: usize, tasks: Vec<Task<'_>>) -> Result<()>;
 
+    /// Runs work that takes the CPU for long where it holds nobody up, and
+    /// waits for it.
+    fn offload<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        work()
+    }
+
     /// Tells that metadata is about to be read or written, for those who
     /// inject errors there. Costs nothing where nobody listens.
     fn event(&self, _event: Event) {}
@@ -111,6 +117,9 @@ pub enum Event {
     L1GrowActivateTable,
     L2Load,
     L2Update,
+    L2UpdateCompressed,
+    ReadCompressed,
+    WriteCompressed,
     L2AllocCowRead,
     L2AllocWrite,
     CowRead,
@@ -126,6 +135,7 @@ pub enum Event {
     RefblockAllocWriteTable,
     RefblockAllocSwitchTable,
     ClusterAlloc,
+    ClusterAllocBytes,
     ClusterAllocSpace,
     ClusterFree,
     EmptyImagePrepare,

@@ -93,14 +93,29 @@ impl<H: Host> Image<H> {
         len: u64,
         reason: Reason,
     ) {
-        self.host.event(Event::ClusterFree);
         // What was never used cannot have been looked up.
-        let wait = !matches!(reason, Reason::Never | Reason::Always)
-            && self.inflight.must_wait(Freed {
-                offset,
-                len,
-                reason,
-            });
+        if matches!(reason, Reason::Never | Reason::Always) {
+            self.host.event(Event::ClusterFree);
+            self.free_now(st, offset, len, reason);
+        } else {
+            self.free_data(st, offset, len, reason);
+        }
+    }
+
+    /// [`Image::free`] for what an L2 entry referred to, whatever the reason.
+    pub(super) fn free_data(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        len: u64,
+        reason: Reason,
+    ) {
+        self.host.event(Event::ClusterFree);
+        let wait = self.inflight.must_wait(Freed {
+            offset,
+            len,
+            reason,
+        });
         if !wait {
             self.free_now(st, offset, len, reason);
         }
@@ -137,7 +152,11 @@ impl<H: Host> Image<H> {
 
     /// Finds `count` free clusters in a row, from the hint on, and moves the
     /// hint behind them.
-    fn search_free(&self, st: &mut StateGuard<'_, H>, count: u64) -> Result<ClusterIndex> {
+    pub(super) fn search_free(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        count: u64,
+    ) -> Result<ClusterIndex> {
         let limit = MAX_HOST_OFFSET >> self.geometry.cluster_bits;
         let mut start = st.refcounts.free_hint;
         let mut end = start;

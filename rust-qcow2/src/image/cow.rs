@@ -87,7 +87,7 @@ impl<H: Host> Image<H> {
             let found = find(self, guest, len)?;
             let known = match found.source {
                 Source::Zero => found.len,
-                Source::Own(..) | Source::Layer(..) => return Ok(false),
+                Source::Own(..) | Source::Layer(..) | Source::Packed(..) => return Ok(false),
                 Source::Below(file) => match file.content(guest.0, found.len, precise)? {
                     (Content::Zero, known) => known,
                     (Content::Data, _) => return Ok(false),

@@ -22,7 +22,7 @@ pub(crate) struct Run {
     /// Bytes from the guest offset on, at least 1 and at most as asked.
     pub(crate) len: u64,
     /// The first L2 entry.
-    pub(super) entry: L2Entry,
+    pub(crate) entry: L2Entry,
 }
 
 /// Where an L2 entry is: slice, and the entry in it.

@@ -19,6 +19,7 @@
 mod alloc;
 pub mod bitmaps;
 pub mod check;
+mod compressed;
 mod cow;
 pub mod create;
 mod data;
@@ -196,6 +197,12 @@ impl<H: Host> Image<H> {
     /// Size of the guest's disk in bytes.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether the begin of the disk has an L2 table, as preallocation leaves
+    /// it behind.
+    pub fn begins_with_table(&self) -> bool {
+        self.l1.len() > 0 && self.l1.get(0).table().is_some()
     }
 
     /// The options in force.

@@ -88,6 +88,9 @@ pub(super) struct Refcounts<H: Host> {
     clock: u64,
     /// No cluster below this one is free, as far as is worth knowing.
     pub(super) free_hint: u64,
+    /// Where compressed data end that were written last, in a cluster that has
+    /// room behind them.
+    pub(super) packed_end: Option<HostOffset>,
     /// Space that goes back to the file: see [`Image::pass_discards`].
     pub(super) discards: Vec<(HostOffset, u64, Reason)>,
 }
@@ -102,6 +105,7 @@ impl<H: Host> Refcounts<H> {
             blocks: FxHashMap::default(),
             clock: 0,
             free_hint: 0,
+            packed_end: None,
             discards: Vec::new(),
         }
     }
@@ -157,6 +161,7 @@ impl<H: Host> Refcounts<H> {
         self.table = Vec::new();
         self.loaded = false;
         self.free_hint = 0;
+        self.packed_end = None;
     }
 
     /// Forgets all blocks in memory, dirty or not.
@@ -169,6 +174,7 @@ impl<H: Host> Refcounts<H> {
         self.loaded = true;
         self.table = table;
         self.table_offset = offset;
+        self.packed_end = None;
     }
 
     /// Points a table entry, that exists, to a new block.
@@ -430,6 +436,10 @@ impl<H: Host> Image<H> {
         let size = self.geometry.cluster_size();
         let offset = self.geometry.offset_of(cluster);
         st.refcounts.free_hint = st.refcounts.free_hint.min(cluster.0);
+        let packed = st.refcounts.packed_end;
+        if packed.is_some_and(|end| self.geometry.cluster_of(end) == cluster) {
+            st.refcounts.packed_end = None;
+        }
         // A cached table at this place must not be written over its successor.
         self.l2.discard(offset, size);
         self.forget_metadata(offset);

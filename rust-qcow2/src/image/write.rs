@@ -25,7 +25,20 @@ pub(super) struct Allocation<H: Host> {
     pub(super) host: HostOffset,
     /// The host clusters were reserved for these guest clusters before.
     reserved: bool,
-    done: H::WaitQueue,
+    pub(super) done: H::WaitQueue,
+}
+
+impl<H: Host> Allocation<H> {
+    /// Space that was not reserved before.
+    pub(super) fn new(start: GuestOffset, end: GuestOffset, host: HostOffset) -> Self {
+        Self {
+            start,
+            end,
+            host,
+            reserved: false,
+            done: H::WaitQueue::default(),
+        }
+    }
 }
 
 /// Allocations under way.
@@ -46,7 +59,11 @@ impl<H: Host> PendingAllocations<H> {
             .min_by_key(|pending| pending.start)
     }
 
-    fn remove(&mut self, allocation: &Arc<Allocation<H>>) {
+    pub(super) fn push(&mut self, allocation: &Arc<Allocation<H>>) {
+        self.0.push(Arc::clone(allocation));
+    }
+
+    pub(super) fn remove(&mut self, allocation: &Arc<Allocation<H>>) {
         self.0.retain(|other| !Arc::ptr_eq(other, allocation));
     }
 }
@@ -401,7 +418,7 @@ impl<H: Host> Image<H> {
             _ if self.has_data_file() => {}
             Mapping::Normal(host) | Mapping::ZeroAllocated(host) => {
                 if host.is_aligned(self.geometry.cluster_bits) {
-                    self.free(st, host, size, reason);
+                    self.free_data(st, host, size, reason);
                 } else {
                     let message = format!("Cannot free unaligned cluster {:#x}", host.0);
                     let _ = self.corrupt(st, false, None, None, message);
@@ -409,7 +426,7 @@ impl<H: Host> Image<H> {
             }
             Mapping::Compressed => {
                 let extent = entry.compressed(self.geometry.cluster_bits);
-                self.free(st, extent.offset, extent.len, reason);
+                self.free_data(st, extent.offset, extent.len, reason);
             }
             Mapping::Unallocated | Mapping::ZeroPlain => {}
         }
