@@ -52,6 +52,7 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_is_writable",
     "bdrv_open_file_child",
     "bdrv_register",
+    "bdrv_uses_whitelist",
     "bdrv_unref_child",
     "blk_bs",
     "blk_co_flush",
@@ -88,11 +89,26 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_find_dirty_bitmap",
     "bdrv_release_dirty_bitmap",
     "bdrv_supports_persistent_dirty_bitmap",
+    // Encryption.
+    "block_crypto_create_opts_init",
+    "block_crypto_open_opts_init",
+    "qapi_free_QCryptoBlockCreateOptions",
+    "qapi_free_QCryptoBlockInfo",
+    "qapi_free_QCryptoBlockOpenOptions",
+    "qcrypto_block_calculate_payload_offset",
+    "qcrypto_block_create",
+    "qcrypto_block_decrypt",
+    "qcrypto_block_encrypt",
+    "qcrypto_block_free",
+    "qcrypto_block_get_info",
+    "qcrypto_block_open",
+    "qemu_opts_to_qdict",
     // Coroutines, memory, vectors.
     "aio_co_wake",
     "qemu_co_mutex_lock",
     "qemu_co_mutex_unlock",
     "qemu_coroutine_create",
+    "thread_pool_submit_co",
     "qemu_coroutine_enter",
     "qemu_coroutine_self",
     "qemu_coroutine_yield",
@@ -149,6 +165,8 @@ const TYPES: &[&str] = &[
     "BitmapCheckFlags",
     "BlockDriver",
     "BlockdevCreateOptions",
+    "QCryptoBlockFormat",
+    "QCryptoBlockOpenFlags",
     "QDictRenames",
 ];
 
@@ -183,7 +201,10 @@ const CHECKED: &[&str] = &[
     "CoMutex",
     "ImageInfoSpecific",
     "ImageInfoSpecificQCow2",
+    "ImageInfoSpecificQCow2Encryption",
     "ImageInfoSpecificQCow2Wrapper",
+    "QCryptoBlockCreateOptions",
+    "QCryptoBlockInfo",
     "QDictRenames",
     "QEMUIOVector",
     "QEMUSnapshotInfo",
@@ -252,6 +273,8 @@ fn watch(source: &Path, build: &Path) {
         "include/system/block-backend-io.h",
         "block/coroutines.h",
         "block/crypto.h",
+        "include/block/thread-pool.h",
+        "include/crypto/block.h",
     ];
     let generated = ["config-host.h", "qapi/qapi-types-block-core.h"];
     for path in headers

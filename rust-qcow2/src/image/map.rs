@@ -65,6 +65,12 @@ impl<H: Host> Image<H> {
         }
     }
 
+    /// Whether the disk's first clusters have a table: those of a preallocated
+    /// image have, and those of a new one have not.
+    pub fn has_tables(&self) -> bool {
+        self.l1.get(0).table().is_some()
+    }
+
     /// How many of the `len` bytes at `guest` have no L2 table, `None` where
     /// the first one has one.
     #[inline]

@@ -21,6 +21,7 @@ pub mod bitmaps;
 pub mod check;
 mod cow;
 pub mod create;
+mod crypt;
 mod data;
 mod empty;
 mod header_update;
@@ -55,7 +56,7 @@ use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
 use crate::format::geometry::Geometry;
-use crate::format::header::{CompressionType, Header};
+use crate::format::header::{CompressionType, Encryption, Header};
 use crate::host::Host;
 
 /// How many parts of a request are resolved before they are run.
@@ -73,6 +74,8 @@ use write::PendingAllocations;
 pub struct Image<H: Host> {
     host: H,
     geometry: Geometry,
+    /// How guest data are encrypted.
+    encryption: Option<Encryption>,
     /// Size of the disk in bytes, as in the header.
     size: AtomicU64,
     /// The L1 table in use.
