@@ -3,18 +3,21 @@
 use std::ffi::CStr;
 use std::io::Write as _;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use rust_qcow2::host::{Corruption, Event, Host, Task};
+use rust_qcow2::format::header::Encryption;
+use rust_qcow2::host::{Corruption, Crypt, CryptoHeader, Event, Host, Task};
 use rust_qcow2::image::Image;
 use rust_qcow2::{Error, Result};
 
 use crate::aligned::Aligned;
 use crate::child::Child;
+use crate::crypto::{Cipher, check_format};
 use crate::error::{self, c_text};
 use crate::lock::{CoMutex, Queue};
 use crate::node::Node;
+use crate::options::SubDict;
 use crate::{parallel, sys};
 
 /// The node of an image.
@@ -25,6 +28,8 @@ pub(crate) struct Qemu {
     /// The link to the external data file, null without one. It goes with the
     /// node.
     data_file: AtomicPtr<sys::BdrvChild>,
+    /// The cipher of an encrypted image.
+    cipher: OnceLock<Arc<Cipher>>,
 }
 
 // SAFETY: the node is used through QEMU's thread-safe functions, and its links
@@ -44,6 +49,7 @@ impl Qemu {
             bs,
             options: AtomicPtr::default(),
             data_file: AtomicPtr::default(),
+            cipher: OnceLock::new(),
         }
     }
 
@@ -71,7 +77,13 @@ impl Qemu {
             bs: self.bs,
             options: AtomicPtr::default(),
             data_file: AtomicPtr::new(self.data_file.load(Ordering::Acquire)),
+            cipher: self.cipher.clone(),
         }
+    }
+
+    /// The cipher, of an image that is encrypted.
+    pub(crate) fn cipher(&self) -> Option<&Cipher> {
+        self.cipher.get().map(|cipher| &**cipher)
     }
 
     /// The node of the external data file.
@@ -138,6 +150,43 @@ impl Host for Qemu {
             sys::bdrv_child_refresh_perms(self.bs, file, &raw mut sys::error_abort);
         }
         Ok(())
+    }
+
+    fn open_encryption(
+        &self,
+        encrypted: Option<(Encryption, Option<CryptoHeader>)>,
+        no_io: bool,
+    ) -> Result<()> {
+        let options = self.options.load(Ordering::Acquire);
+        if options.is_null() {
+            // The image was read anew; the key is what it was.
+            return if encrypted.is_some() && self.cipher().is_none() {
+                Err(Error::invalid("The image has become encrypted"))
+            } else {
+                Ok(())
+            };
+        }
+        // SAFETY: the node is being opened, with these options (see
+        // `opening`).
+        let options = unsafe { SubDict::take(options, c"encrypt.") };
+        let named = options.get(c"format");
+        check_format(
+            named.as_deref(),
+            encrypted.map(|(encryption, _)| encryption),
+        )?;
+        if let Some((encryption, header)) = encrypted {
+            // SAFETY: as above.
+            let cipher = unsafe { Cipher::open(&options, encryption, header, self.file(), no_io)? };
+            let _ = self.cipher.set(Arc::new(cipher));
+        }
+        Ok(())
+    }
+
+    fn crypt(&self, how: Crypt, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        match self.cipher() {
+            Some(cipher) => cipher.crypt(how, offset, bytes),
+            None => Err(Error::errno(libc::EIO)),
+        }
     }
 
     #[inline]

@@ -13,6 +13,7 @@
 mod aligned;
 mod child;
 mod coroutine;
+mod crypto;
 mod driver;
 mod error;
 mod host;

@@ -3,9 +3,9 @@
 use std::ffi::CStr;
 use std::ptr;
 
+use rust_qcow2::Result;
 use rust_qcow2::format::entry::MetadataKind;
 use rust_qcow2::image::OptionRequest;
-use rust_qcow2::{Error, Result};
 
 use crate::error::caught;
 use crate::sys;
@@ -39,8 +39,6 @@ const SWITCHES: [(&CStr, MetadataKind); 9] = [
 pub(crate) struct Requested {
     /// For the image.
     pub(crate) options: OptionRequest,
-    /// `encrypt.format`.
-    encryption: Option<String>,
 }
 
 impl Requested {
@@ -52,8 +50,6 @@ impl Requested {
     /// # Safety
     /// `dict` is a dictionary of flat options.
     pub(crate) unsafe fn take(dict: *mut sys::QDict) -> Result<Self> {
-        // SAFETY: promised by the caller.
-        let encrypt = unsafe { SubDict::take(dict, c"encrypt.") };
         let opts = Opts::new();
         caught(|errp| {
             // SAFETY: both are valid; errp is that of `caught`.
@@ -62,7 +58,6 @@ impl Requested {
         })?;
         Ok(Self {
             options: opts.request()?,
-            encryption: encrypt.get(c"format"),
         })
     }
 
@@ -78,38 +73,36 @@ impl Requested {
             sys::qdict_del(dict, c"data-file".as_ptr());
         }
     }
-
-    /// Refuses what does not go with an image that is not encrypted; others
-    /// are not opened in the first place.
-    ///
-    /// # Errors
-    /// What the qcow2 driver says in these cases.
-    pub(crate) fn refuse_other_features(&self) -> Result<()> {
-        if let Some(format) = &self.encryption {
-            return Err(Error::invalid(format!(
-                "No encryption in image header, but options specified format '{format}'"
-            )));
-        }
-        Ok(())
-    }
 }
 
 /// The options with a common prefix, taken out of a dictionary.
-struct SubDict(*mut sys::QDict);
+pub(crate) struct SubDict(*mut sys::QDict);
 
 impl SubDict {
     /// # Safety
     /// `dict` is a dictionary of flat options.
-    unsafe fn take(dict: *mut sys::QDict, prefix: &CStr) -> Self {
+    pub(crate) unsafe fn take(dict: *mut sys::QDict, prefix: &CStr) -> Self {
         let mut taken = ptr::null_mut();
         // SAFETY: promised by the caller.
         unsafe { sys::qdict_extract_subqdict(dict, &raw mut taken, prefix.as_ptr()) };
         Self(taken)
     }
 
-    fn get(&self, key: &CStr) -> Option<String> {
+    /// The text of an option.
+    pub(crate) fn get(&self, key: &CStr) -> Option<String> {
         // SAFETY: the dictionary is ours, and so is its text until it goes.
         unsafe { text(sys::qdict_get_try_str(self.0, key.as_ptr())) }
+    }
+
+    /// Sets an option.
+    pub(crate) fn put(&self, key: &CStr, value: &CStr) {
+        // SAFETY: the dictionary is ours; it copies the text.
+        unsafe { sys::qdict_put_str(self.0, key.as_ptr(), value.as_ptr()) };
+    }
+
+    /// For calls into QEMU.
+    pub(crate) fn as_ptr(&self) -> *mut sys::QDict {
+        self.0
     }
 }
 

@@ -14,7 +14,9 @@ use rust_qcow2::image::create::{self, CreateRequest};
 use rust_qcow2::{Error, Result};
 
 use super::manage::{optional_text, preallocation, recorded_format};
+use crate::crypto;
 use crate::error::{self, ErrorPtr, c_text, check};
+use crate::node::{Access, Node};
 use crate::panic::contain;
 use crate::sys;
 
@@ -189,9 +191,6 @@ unsafe fn create_protocol(
 /// # Safety
 /// `options` are complete.
 unsafe fn request(options: &sys::BlockdevCreateOptionsQcow2) -> Result<CreateRequest> {
-    if !options.encrypt.is_null() {
-        return Err(Error::unsupported("rqcow2 does not support encryption yet"));
-    }
     let given = |has: bool, value: i64| {
         // A negative number becomes one that is refused.
         has.then(|| u64::try_from(value).unwrap_or(0))
@@ -272,6 +271,13 @@ unsafe fn create_image(
         let image = open(name, &file, data_file.as_ref(), flags, errp)?;
         resize(&image, options, errp)?;
         set_backing(&image, options)?;
+        if !options.encrypt.is_null() {
+            let _lock = GraphLock::new();
+            let node = Node::of(sys::blk_bs(image.0)).ok_or(Error::errno(libc::EIO))?;
+            node.serve(Access::Write, |image| {
+                crypto::create(image, options.encrypt)
+            })?;
+        }
         drop(image);
 
         // Opened without NO_FLUSH, so that closing it flushes it.
@@ -315,7 +321,8 @@ unsafe fn resize(
     options: &sys::BlockdevCreateOptionsQcow2,
     errp: ErrorPtr,
 ) -> Result<(), Failure> {
-    let size = i64::try_from(options.size).map_err(|_| Error::errno(libc::EFBIG))?;
+    // A size that is negative then is refused with the sentence for it.
+    let size = options.size as i64;
     let mode = if options.has_preallocation {
         options.preallocation
     } else {

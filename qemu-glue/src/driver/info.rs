@@ -20,6 +20,10 @@ pub(super) unsafe extern "C" fn refresh_limits(bs: *mut sys::BlockDriverState, _
         // SAFETY: a callback of the driver for `bs`, which owns the limits.
         unsafe {
             if let Some(node) = Node::of(bs) {
+                if node.image().encryption().is_some() {
+                    // What is encrypted as a unit.
+                    (*bs).bl.request_alignment = sys::BDRV_SECTOR_SIZE;
+                }
                 let cluster_size = node.image().geometry().cluster_size() as u32;
                 (*bs).bl.pwrite_zeroes_alignment = cluster_size;
                 (*bs).bl.pdiscard_alignment = cluster_size;
@@ -35,6 +39,10 @@ pub(super) unsafe extern "C" fn has_zero_init(bs: *mut sys::BlockDriverState) ->
         // SAFETY: a callback of the driver for `bs`.
         unsafe {
             match Node::of(bs) {
+                // Zeroes in the file are something else for the guest.
+                Some(node) if node.image().encryption().is_some() => {
+                    c_int::from(!node.image().begins_with_table())
+                }
                 Some(node) if !node.image().begins_with_table() => 1,
                 _ => file_has_zero_init(bs),
             }
@@ -77,8 +85,22 @@ pub(super) unsafe extern "C" fn get_specific_info(
             } else {
                 Ok(Vec::new())
             };
+            let encryption = match image.host().cipher() {
+                Some(cipher) => {
+                    let info = encryption_info(cipher.info(errp));
+                    if info.is_null() {
+                        return ptr::null_mut();
+                    }
+                    info
+                }
+                None => ptr::null_mut(),
+            };
             match bitmaps {
-                Ok(bitmaps) => specific_info(&image.info(), &bitmaps, kind(name)),
+                Ok(bitmaps) => {
+                    let info = specific_info(&image.info(), &bitmaps, kind(name));
+                    (*(*info).u.qcow2.data).encrypt = encryption;
+                    info
+                }
                 Err(error) => {
                     error::set(errp, &error, "Could not read the bitmap directory");
                     ptr::null_mut()
@@ -86,6 +108,33 @@ pub(super) unsafe extern "C" fn get_specific_info(
             }
         }
     })
+}
+
+/// What an encryption tells, in the form for qcow2. Takes `info`, which may be
+/// null.
+///
+/// # Safety
+/// `info` is QEMU's.
+unsafe fn encryption_info(
+    info: *mut sys::QCryptoBlockInfo,
+) -> *mut sys::ImageInfoSpecificQCow2Encryption {
+    if info.is_null() {
+        return ptr::null_mut();
+    }
+    // SAFETY: promised by the caller; what the branch refers to moves from one
+    // structure to the other.
+    unsafe {
+        let result = zeroed::<sys::ImageInfoSpecificQCow2Encryption>();
+        if (*info).format == sys::QCRYPTO_BLOCK_FORMAT_LUKS {
+            (*result).format = sys::BLOCKDEV_QCOW2_ENCRYPTION_FORMAT_LUKS;
+            (*result).u.luks = (*info).u.luks;
+        } else {
+            (*result).format = sys::BLOCKDEV_QCOW2_ENCRYPTION_FORMAT_AES;
+        }
+        (*info).u = Default::default();
+        sys::qapi_free_QCryptoBlockInfo(info);
+        result
+    }
 }
 
 /// How QMP names what follows, for a driver of that name.

@@ -139,6 +139,8 @@ pub(super) unsafe extern "C" fn block_status(
         Ok(status) => status,
         Err(error) => return -error.code(),
     };
+    // Who reads the file at that place does not see the data.
+    let clear = node.image().encryption().is_none();
     let data_node = node.image().host().data_node();
     let (flags, host) = match status.kind {
         StatusKind::Unallocated => (0, None),
@@ -146,6 +148,7 @@ pub(super) unsafe extern "C" fn block_status(
         StatusKind::Data(host) => (sys::BDRV_BLOCK_DATA, Some(host)),
         StatusKind::Compressed => (sys::BDRV_BLOCK_DATA | sys::BDRV_BLOCK_COMPRESSED, None),
     };
+    let host = host.filter(|_| clear);
     // SAFETY: QEMU passes places for the answer, and the node has a file.
     unsafe {
         *pnum = i64::try_from(status.len).unwrap_or(bytes);
@@ -160,7 +163,7 @@ pub(super) unsafe extern "C" fn block_status(
         0
     };
     // What was preallocated and never written is known to the file only.
-    let recurse = if status.sparse {
+    let recurse = if status.sparse && clear {
         sys::BDRV_BLOCK_RECURSE
     } else {
         0

@@ -10,6 +10,7 @@ use rust_qcow2::{Error, Result};
 
 use super::bitmaps;
 use super::manage::preallocation;
+use crate::crypto;
 use crate::error::{self, ErrorPtr, caught, check, check_len};
 use crate::options::text;
 use crate::panic::contain;
@@ -100,11 +101,12 @@ unsafe fn sizes(opts: *mut sys::QemuOpts, source: *mut sys::BlockDriverState) ->
         };
         let mode = take_preallocation(opts)?;
         let has_backing = take_text(opts, c"backing_file").is_some();
-        if take_text(opts, c"encrypt.format").is_some() {
-            return Err(Error::unsupported("rqcow2 does not support encryption yet"));
-        }
-
         let cluster_size = 1u64 << cluster_bits;
+        let luks = match take_text(opts, c"encrypt.format").as_deref() {
+            Some("luks") => crypto::header_size(opts)?.next_multiple_of(cluster_size),
+            _ => 0,
+        };
+
         let round = |size: u64| {
             size.checked_next_multiple_of(cluster_size)
                 .unwrap_or(u64::MAX - (cluster_size - 1))
@@ -127,7 +129,7 @@ unsafe fn sizes(opts: *mut sys::QemuOpts, source: *mut sys::BlockDriverState) ->
             data = size;
         }
         // The metadata of a full image is counted in any case.
-        let fully_allocated = layout.fully_allocated(size);
+        let fully_allocated = luks + layout.fully_allocated(size);
         let bitmaps =
             version >= 3 && !source.is_null() && sys::bdrv_supports_persistent_dirty_bitmap(source);
         Ok(Sizes {

@@ -83,7 +83,6 @@ unsafe fn open_node(
         let host = Qemu::opening(bs, options);
         let image = coroutine::run(bs, || Image::open(host, flags, &requested.options))?;
         image.host().end_opening();
-        requested.refuse_other_features()?;
         publish(bs, &image);
         if !flags.inactive {
             bitmaps::load(bs, &image)?;
@@ -105,7 +104,7 @@ pub(super) unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>
     // SAFETY: promised by the caller; the places are as long as their types.
     unsafe {
         (*bs).total_sectors = sectors(info.size);
-        (*bs).encrypted = false;
+        (*bs).encrypted = image.encryption().is_some();
         (*bs).supported_zero_flags = if info.version >= 3 {
             sys::BDRV_REQ_MAY_UNMAP | sys::BDRV_REQ_NO_FALLBACK
         } else {

@@ -9,9 +9,10 @@ use rust_qcow2::image::{Image, OpenFlags, OptionRequest, Options};
 use super::bitmaps;
 use super::open::publish;
 use crate::coroutine;
+use crate::crypto::check_format;
 use crate::error::{self, ErrorPtr};
 use crate::node::{Access, Node, open_flags};
-use crate::options::Requested;
+use crate::options::{Requested, SubDict};
 use crate::panic::contain;
 use crate::sys;
 
@@ -59,7 +60,8 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
         let node = Node::of(bs).ok_or(rust_qcow2::Error::errno(libc::ENOMEDIUM))?;
         let image = node.image();
         let options = image.resolve_options(flags, &requested.options)?;
-        requested.refuse_other_features()?;
+        let encrypt = SubDict::take((*state).options, c"encrypt.");
+        check_format(encrypt.get(c"format").as_deref(), image.encryption())?;
         let lazy_ends = image.options().lazy_refcounts && !options.lazy_refcounts;
         if !flags.writable {
             bitmaps::reopen_ro(bs, node)?;

@@ -63,6 +63,16 @@ pub const KNOWN_INCOMPATIBLE: Incompatible = Incompatible::from_bits_retain(0x1f
 /// Autoclear features that this implementation keeps up to date.
 pub const KNOWN_AUTOCLEAR: Autoclear = Autoclear::BITMAPS.union(Autoclear::RAW_DATA_FILE);
 
+/// How guest data are encrypted: the numbers in the header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Encryption {
+    /// AES with the guest offset as initial value.
+    Aes = 1,
+    /// LUKS, with the host offset.
+    Luks = 2,
+}
+
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CompressionType {

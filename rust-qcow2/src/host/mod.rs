@@ -14,7 +14,9 @@ use std::ops::DerefMut;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::format::header::Encryption;
 use crate::image::Image;
+use crate::units::HostOffset;
 use lock_api::MutexGuard;
 
 /// The guest memory of one request on the files of `H`.
@@ -53,6 +55,31 @@ pub trait Host: Send + Sync + Sized + 'static {
             return Err(Error::invalid("'data-file' is required for this image"));
         }
         Ok(())
+    }
+
+    /// Prepares the cipher of an image that is `encrypted`, with the keys that
+    /// the user gave; without them if nothing is going to be read. Called while
+    /// the image is opened, before anything is written.
+    ///
+    /// # Errors
+    /// Where the keys do not fit, or the user expects another encryption.
+    fn open_encryption(
+        &self,
+        encrypted: Option<(Encryption, Option<CryptoHeader>)>,
+        _no_io: bool,
+    ) -> Result<()> {
+        if encrypted.is_some() {
+            return Err(Error::unsupported("there is no encryption here"));
+        }
+        Ok(())
+    }
+
+    /// Encrypts or decrypts whole sectors that begin at `offset`.
+    ///
+    /// # Errors
+    /// `EIO`.
+    fn crypt(&self, _how: Crypt, _offset: u64, _bytes: &mut [u8]) -> Result<()> {
+        Err(Error::errno(libc::EIO))
     }
 
     /// The backing file, where there is one.
@@ -102,6 +129,24 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// Tells the user that the image is corrupt (event, log). Called after the
     /// corrupt bit was written where that is possible.
     fn report_corruption(&self, event: &Corruption);
+}
+
+/// Where the header of an encryption is in the image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CryptoHeader {
+    /// First byte.
+    pub offset: HostOffset,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// What [`Host::crypt`] does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crypt {
+    /// From plain to encrypted bytes.
+    Encrypt,
+    /// The other way round.
+    Decrypt,
 }
 
 /// One of the tasks of [`Host::parallel`].

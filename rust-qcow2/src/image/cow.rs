@@ -30,6 +30,7 @@ impl<H: Host> Image<H> {
         }
         let file = self.data_file()?;
         if file.zeroes_fast()
+            && self.encryption.is_none()
             && self.is_zero(allocation.start, head, false)?
             && self.is_zero(tail_at, tail, false)?
         {

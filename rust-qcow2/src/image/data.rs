@@ -40,22 +40,28 @@ impl<H: Host> Image<H> {
     #[inline]
     pub(crate) fn read_data_guest(
         &self,
-        _guest: GuestOffset,
+        guest: GuestOffset,
         host: HostOffset,
         buf: GuestBuf<'_, H>,
         at: usize,
         len: usize,
     ) -> Result<()> {
+        if self.encryption.is_some() {
+            return self.read_encrypted_guest(guest, host, buf, at, len);
+        }
         self.data_file()?.read_guest(host.0, buf, at, len)
     }
 
     /// The same into driver memory.
     pub(crate) fn read_data(
         &self,
-        _guest: GuestOffset,
+        guest: GuestOffset,
         host: HostOffset,
         bytes: &mut [u8],
     ) -> Result<()> {
+        if self.encryption.is_some() {
+            return self.read_encrypted(guest, host, bytes);
+        }
         self.data_file()?.read(host.0, bytes)
     }
 
@@ -63,32 +69,41 @@ impl<H: Host> Image<H> {
     #[inline]
     pub(super) fn write_data_guest(
         &self,
-        _guest: GuestOffset,
+        guest: GuestOffset,
         host: HostOffset,
         buf: GuestBuf<'_, H>,
         at: usize,
         len: usize,
     ) -> Result<()> {
+        if self.encryption.is_some() {
+            return self.write_encrypted(guest, host, &[Part::Guest { buf, at, len }]);
+        }
         self.data_file()?.write_guest(host.0, buf, at, len)
     }
 
     /// The same from driver memory.
     pub(super) fn write_data(
         &self,
-        _guest: GuestOffset,
+        guest: GuestOffset,
         host: HostOffset,
         bytes: &[u8],
     ) -> Result<()> {
+        if self.encryption.is_some() {
+            return self.write_encrypted(guest, host, &[Part::Bytes(bytes)]);
+        }
         self.data_file()?.write(host.0, bytes)
     }
 
     /// The same for parts that follow each other.
     pub(super) fn write_data_parts(
         &self,
-        _guest: GuestOffset,
+        guest: GuestOffset,
         host: HostOffset,
         parts: &[Part<'_, GuestBuf<'_, H>>],
     ) -> Result<()> {
+        if self.encryption.is_some() {
+            return self.write_encrypted(guest, host, parts);
+        }
         self.data_file()?.write_parts(host.0, parts)
     }
 

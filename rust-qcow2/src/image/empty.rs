@@ -4,7 +4,7 @@ use super::refcounts::{Change, Reason};
 use super::zero::After;
 use super::{Image, StateGuard};
 use crate::error::Result;
-use crate::format::header::field;
+use crate::format::header::{Encryption, field};
 use crate::host::{Event, File, Host, Preallocation, ZeroFlags};
 use crate::units::{GuestOffset, HostOffset, div_up, round_up};
 
@@ -27,6 +27,7 @@ impl<H: Host> Image<H> {
         // Bitmaps would be overwritten.
         if self.geometry.version >= 3
             && !self.has_data_file()
+            && self.encryption != Some(Encryption::Luks)
             && !self.has_bitmaps()
             && BEFORE_L1 + l1_clusters <= self.geometry.refcounts_per_block()
         {

@@ -22,6 +22,7 @@ pub mod check;
 mod compressed;
 mod cow;
 pub mod create;
+mod crypt;
 mod data;
 mod empty;
 mod header_update;
@@ -56,7 +57,7 @@ use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
 use crate::format::geometry::Geometry;
-use crate::format::header::{CompressionType, Header};
+use crate::format::header::{CompressionType, Encryption, Header};
 use crate::host::Host;
 
 /// How many parts of a request are resolved before they are run.
@@ -74,6 +75,8 @@ use write::PendingAllocations;
 pub struct Image<H: Host> {
     host: H,
     geometry: Geometry,
+    /// How guest data are encrypted.
+    encryption: Option<Encryption>,
     /// Size of the disk in bytes, as in the header.
     size: AtomicU64,
     /// The L1 table in use.

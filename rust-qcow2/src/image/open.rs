@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use lock_api::Mutex;
 use parking_lot::RwLock;
 
+use super::crypt::encryption_of;
 use super::inflight::InFlight;
 use super::l1::L1Table;
 use super::refcounts::{Refcounts, read_refcount_table};
@@ -27,8 +28,6 @@ use crate::format::header::{
 use crate::host::{File, Host};
 use crate::units::HostOffset;
 
-/// The encryption method LUKS in the header.
-const CRYPT_LUKS: u32 = 2;
 /// Least size of an entry of the snapshot table, for a check of its place.
 const SNAPSHOT_HEADER: u64 = 40;
 
@@ -77,7 +76,9 @@ impl<H: Host> Image<H> {
         };
         let mut extensions = extensions?;
         let void_bitmaps = drop_void_bitmaps(&host, &header, &geometry, &mut extensions)?;
-        refuse_unserved(&header, &extensions, flags)?;
+        refuse_unserved(&header, flags)?;
+        let encrypted = encryption_of(&header, extensions.crypto_header.as_deref())?;
+        host.open_encryption(encrypted, flags.no_io)?;
         if !flags.no_io {
             // Looking at an image that nobody trusts opens nothing it names.
             host.open_data_file(geometry.external_data, extensions.data_file.as_deref())?;
@@ -94,6 +95,7 @@ impl<H: Host> Image<H> {
         let image = Self {
             host,
             geometry,
+            encryption: encrypted.map(|(encryption, _)| encryption),
             size: AtomicU64::new(header.size),
             l1: L1Table::new(l1),
             l2: L2Cache::new(
@@ -388,21 +390,12 @@ fn drop_void_bitmaps<H: Host>(
 }
 
 /// Refuses images that need what is not served yet, by name.
-fn refuse_unserved(header: &Header, extensions: &Extensions, flags: OpenFlags) -> Result<()> {
+fn refuse_unserved(header: &Header, flags: OpenFlags) -> Result<()> {
     let refuse = |what: &str| {
         Err(Error::unsupported(format!(
             "rqcow2 does not support {what} yet"
         )))
     };
-    // The crypto header goes with LUKS only, and that is refused.
-    if extensions.crypto_header.is_some() && header.crypt_method != CRYPT_LUKS {
-        return Err(Error::invalid(
-            "CRYPTO header extension only expected with LUKS encryption method",
-        ));
-    }
-    if header.crypt_method != 0 {
-        return refuse("encrypted images");
-    }
     if header.incompatible.contains(Incompatible::EXTENDED_L2) {
         return refuse("images with extended L2 entries (subclusters)");
     }

@@ -253,7 +253,9 @@ impl<H: Host> Image<H> {
             return Err(Error::new(libc::EIO, "Failed to allocate data clusters"));
         }
         let end = start.add(count << bits).0;
-        let zeroed = zero && file.truncate(end, false, preallocation, true).is_ok();
+        let zeroed = zero
+            && self.encryption.is_none()
+            && file.truncate(end, false, preallocation, true).is_ok();
         if !zeroed {
             if let Err(error) = file.truncate(end, false, preallocation, false) {
                 self.free(st, start, count << bits, Reason::Other);

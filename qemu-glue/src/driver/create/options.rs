@@ -10,7 +10,7 @@ use crate::options::text;
 use crate::sys;
 
 /// Names that differ between the two; ends with nulls.
-fn renames() -> [sys::QDictRenames; 10] {
+fn renames() -> [sys::QDictRenames; 11] {
     let rename = |from: &'static CStr, to: &'static CStr| sys::QDictRenames {
         from: from.as_ptr(),
         to: to.as_ptr(),
@@ -22,6 +22,7 @@ fn renames() -> [sys::QDictRenames; 10] {
         rename(c"lazy_refcounts", c"lazy-refcounts"),
         rename(c"extended_l2", c"extended-l2"),
         rename(c"refcount_bits", c"refcount-bits"),
+        rename(c"encryption", c"encrypt.format"),
         rename(c"compat", c"version"),
         rename(c"data_file_raw", c"data-file-raw"),
         rename(c"compression_type", c"compression-type"),
@@ -59,6 +60,15 @@ impl Creation {
             options: ptr::null_mut(),
         };
         creation.refuse_unserved()?;
+        match creation.get(c"encryption").as_deref() {
+            Some("on") => creation.put(c"encryption", c"qcow".as_ptr()),
+            // SAFETY: the dictionary is ours.
+            Some("off") => unsafe { sys::qdict_del(dict, c"encryption".as_ptr()) },
+            _ => {}
+        }
+        if creation.get(c"encrypt.format").as_deref() == Some("aes") {
+            creation.put(c"encrypt.format", c"qcow".as_ptr());
+        }
         match creation.get(c"compat").as_deref() {
             Some("0.10") => creation.put(c"compat", c"v2".as_ptr()),
             Some("1.1") => creation.put(c"compat", c"v3".as_ptr()),
@@ -83,14 +93,9 @@ impl Creation {
             self.get(key)
                 .is_some_and(|value| !matches!(&*value, "off" | "no" | "false" | "n"))
         };
-        if on(c"encryption") || self.get(c"encrypt.format").is_some() {
-            return refuse("encryption");
-        }
         if on(c"extended_l2") {
             return refuse("extended L2 entries");
         }
-        // SAFETY: the dictionary is ours. The key may be there with "off".
-        unsafe { sys::qdict_del(self.dict, c"encryption".as_ptr()) };
         Ok(())
     }
 
