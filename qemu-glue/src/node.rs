@@ -32,6 +32,9 @@ pub(crate) struct Node {
     failed: AtomicBool,
     /// The image could not be opened again: the node is as good as closed.
     gone: AtomicBool,
+    /// The bitmaps were stored and released, and the file says that they are
+    /// valid: they are not once something is written.
+    left_bitmaps: AtomicBool,
     /// The user was told once why a request failed.
     told: AtomicBool,
     timer: Mutex<Timer>,
@@ -65,6 +68,7 @@ impl Node {
             retired: Mutex::new(Vec::new()),
             failed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            left_bitmaps: AtomicBool::new(false),
             told: AtomicBool::new(false),
             timer: Mutex::new(Timer(ptr::null_mut())),
         });
@@ -147,6 +151,7 @@ impl Node {
     pub(crate) fn replace_image(&self, image: Image<Qemu>) {
         let new = Arc::into_raw(Arc::new(image)).cast_mut();
         let old = self.image.swap(new, Ordering::AcqRel);
+        self.left_bitmaps.store(false, Ordering::Relaxed);
         // SAFETY: the pointer was made from an Arc, whose count comes along.
         let old = unsafe { Arc::from_raw(old) };
         old.leave_chain();
@@ -154,6 +159,23 @@ impl Node {
         old.clean_caches();
         old.clean_caches();
         self.retired.lock().push(old);
+    }
+
+    /// The bitmaps are with the image only, as nobody is going to write.
+    pub(crate) fn leave_bitmaps(&self) {
+        self.left_bitmaps.store(true, Ordering::Relaxed);
+    }
+
+    /// Somebody is going to write: where the node was to become inactive, and
+    /// then did not, its bitmaps record nothing, and the file must not say
+    /// that they are valid.
+    #[inline]
+    pub(crate) fn take_back_bitmaps(&self) -> Result<()> {
+        if self.left_bitmaps.load(Ordering::Relaxed) {
+            self.serve(Access::Write, Image::mark_bitmaps_in_use)?;
+            self.left_bitmaps.store(false, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Frees images that were exchanged.

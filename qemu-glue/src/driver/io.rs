@@ -5,12 +5,13 @@ use std::ffi::c_int;
 use std::ptr;
 
 use rust_qcow2::host::ZeroFlags;
-use rust_qcow2::image::StatusKind;
+use rust_qcow2::image::{Image, StatusKind};
 use rust_qcow2::units::GuestOffset;
 use rust_qcow2::{Error, Result};
 
 use super::is_ours;
 use crate::error::check;
+use crate::host::Qemu;
 use crate::node::{Access, Node, request};
 use crate::qiov::Qiov;
 use crate::sys;
@@ -21,6 +22,24 @@ fn range(offset: i64, bytes: i64) -> Result<(GuestOffset, u64)> {
     match (u64::try_from(offset), u64::try_from(bytes)) {
         (Ok(offset), Ok(bytes)) => Ok((GuestOffset(offset), bytes)),
         _ => Err(Error::errno(libc::EINVAL)),
+    }
+}
+
+/// Serves a request that changes the disk.
+///
+/// # Safety
+/// As for [`request`].
+#[inline]
+unsafe fn change(
+    bs: *mut sys::BlockDriverState,
+    f: impl FnOnce(&Image<Qemu>) -> Result<()>,
+) -> c_int {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match Node::of(bs).map(Node::take_back_bitmaps) {
+            Some(Err(error)) => -error.code(),
+            _ => request(bs, Access::Write, f),
+        }
     }
 }
 
@@ -52,7 +71,7 @@ pub(super) unsafe extern "C" fn pwritev_part(
 ) -> c_int {
     // SAFETY: as for `preadv_part`.
     unsafe {
-        request(bs, Access::Write, |image| {
+        change(bs, |image| {
             let (offset, len) = range(offset, bytes)?;
             image.write(offset, len, Qiov::new(qiov), qiov_offset)
         })
@@ -68,7 +87,7 @@ pub(super) unsafe extern "C" fn pwritev_compressed_part(
 ) -> c_int {
     // SAFETY: as for `preadv_part`.
     unsafe {
-        request(bs, Access::Write, |image| {
+        change(bs, |image| {
             let (offset, len) = range(offset, bytes)?;
             image.write_compressed(offset, len, Qiov::new(qiov), qiov_offset)
         })
@@ -87,7 +106,7 @@ pub(super) unsafe extern "C" fn pwrite_zeroes(
     };
     // SAFETY: a callback of the driver for `bs`.
     unsafe {
-        request(bs, Access::Write, |image| {
+        change(bs, |image| {
             let (offset, len) = range(offset, bytes)?;
             image.write_zeroes(offset, len, flags)
         })
@@ -101,7 +120,7 @@ pub(super) unsafe extern "C" fn pdiscard(
 ) -> c_int {
     // SAFETY: a callback of the driver for `bs`.
     unsafe {
-        let ret = request(bs, Access::Write, |image| {
+        let ret = change(bs, |image| {
             let (offset, len) = range(offset, bytes)?;
             image.discard(offset, len)
         });

@@ -164,6 +164,7 @@ unsafe fn write_back(bs: *mut sys::BlockDriverState, node: &Node) -> Result<()> 
     // SAFETY: promised by the caller.
     unsafe {
         let bitmaps = bitmaps::leave(bs, node);
+        node.leave_bitmaps();
         let tables = coroutine::run(bs, || node.serve(Access::Write, Image::inactivate));
         tables.and(bitmaps)
     }

@@ -187,6 +187,9 @@ impl<H: Host> Image<H> {
         if list.iter().all(Bitmap::in_use) {
             return Ok(());
         }
+        if !self.is_writable() {
+            return Err(Error::errno(libc::EACCES));
+        }
         for bitmap in &mut list {
             bitmap.flags.insert(BitmapFlags::IN_USE);
         }
@@ -292,11 +295,16 @@ impl<H: Host> Image<H> {
         let Some(index) = list.iter().position(|bitmap| bitmap.name == name) else {
             return Ok(());
         };
+        if !self.is_writable() {
+            return Err(Error::errno(libc::EACCES));
+        }
         let removed = list.remove(index);
         self.write_directory(&mut st, &list)
             .and_then(|new| self.switch_directory(&mut st, new))
             .map_err(|error| error.context("Failed to update bitmap extension"))?;
         self.free_bitmap(&mut st, removed.table);
+        // The bitmap is gone; what is left is advice.
+        let _ = self.pass_discards(&mut st);
         Ok(())
     }
 

@@ -84,6 +84,8 @@ impl<H: Host> Image<H> {
         for place in replaced {
             self.free_bitmap(&mut st, place);
         }
+        // The bitmaps are stored; what is left is advice.
+        let _ = self.pass_discards(&mut st);
         Ok(())
     }
 
