@@ -385,6 +385,10 @@ impl<H: Host> Image<H> {
         if matches!(change, Change::Sub(_)) && !self.l2.is_clean() {
             self.refcounts_wait_for_l2(st)?;
         }
+        if matches!(change, Change::Add(_)) && !self.needs_accurate_refcounts() {
+            // Nothing else orders the tables of an image whose dirty bit is set.
+            self.settle_freed(st)?;
+        }
         for cluster in first..=last {
             if let Err(error) = self.change_one(st, ClusterIndex(cluster), change, reason) {
                 for undo in first..cluster {

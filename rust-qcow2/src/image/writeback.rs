@@ -63,6 +63,12 @@ impl<H: Host> Image<H> {
         Ok(())
     }
 
+    /// Makes durable that L2 entries let clusters go, before those may be given
+    /// to somebody else.
+    pub(super) fn settle_freed(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.settle_refcounts(st)
+    }
+
     /// Makes durable what L2 slices wait for.
     fn settle_l2(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         if st.order.l2_after_refcounts {
