@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::HashSet;
 
-use common::{Shape, create, open, read, write};
+use common::{Shape, create, open, read, write, write_compressed};
 use proptest::prelude::*;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::host::{File, ZeroFlags};
@@ -22,6 +22,7 @@ enum Op {
     Write { sector: u64, count: u64 },
     Zeroes { sector: u64, count: u64 },
     Discard { sector: u64, count: u64 },
+    Compress { sector: u64 },
     Flush,
 }
 
@@ -31,6 +32,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => range.clone().prop_map(|(sector, count)| Op::Write { sector, count }),
         2 => range.clone().prop_map(|(sector, count)| Op::Zeroes { sector, count }),
         2 => range.prop_map(|(sector, count)| Op::Discard { sector, count }),
+        2 => (0..SIZE / SECTOR).prop_map(|sector| Op::Compress { sector }),
         2 => Just(Op::Flush),
     ]
 }
@@ -100,6 +102,16 @@ fn crash(shape: Shape, small: bool, ops: &[Op], cut: f64, mut luck: u64) {
                 touch(at, end - at);
                 image.discard(GuestOffset(at), end - at).unwrap();
                 model[at as usize..end as usize].fill(0);
+            }
+            Op::Compress { sector } => {
+                let len = 1u64 << shape.cluster_bits;
+                let at = sector * SECTOR / len * len;
+                touch(at, len);
+                let byte = (i % 255) as u8 + 1;
+                // Refused where there are data already.
+                if write_compressed(&image, at, &vec![byte; len as usize]).is_ok() {
+                    model[at as usize..(at + len) as usize].fill(byte);
+                }
             }
             Op::Flush => {
                 image.flush().unwrap();
@@ -186,6 +198,36 @@ proptest! {
     ) {
         let shape = Shape { version: 3, cluster_bits, refcount_order: order, lazy_refcounts: lazy };
         crash(shape, small, &ops, cut, luck);
+    }
+}
+
+/// A hole in the place of compressed data cannot be read.
+#[test]
+fn a_discard_leaves_compressed_data_readable() {
+    let shape = Shape {
+        version: 3,
+        cluster_bits: 9,
+        refcount_order: 4,
+        lazy_refcounts: false,
+    };
+    let ops = [
+        Op::Compress { sector: 0 },
+        Op::Flush,
+        Op::Discard {
+            sector: 0,
+            count: 1,
+        },
+    ];
+    for cut in 0..=40 {
+        for luck in 0..32u64 {
+            crash(
+                shape,
+                false,
+                &ops,
+                f64::from(cut) / 40.0,
+                luck.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            );
+        }
     }
 }
 

@@ -433,7 +433,9 @@ class Chain:
         for entry in programs.parse(text):
             flags = (entry['depth'], entry['present'])
             if exact:
-                flags += (entry['zero'], entry['data'], entry['compressed'])
+                # Which parts of data are holes in the file is its storage's choice.
+                data = entry['data']
+                flags += (data or entry['zero'], data, entry['compressed'])
             if merged and merged[-1][1] == flags:
                 merged[-1][0][1] += entry['length']
             else:

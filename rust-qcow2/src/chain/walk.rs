@@ -10,7 +10,7 @@ use super::view::View;
 use crate::error::Result;
 use crate::format::entry::{CompressedExtent, Mapping};
 use crate::host::{Buf, File, GuestBuf, Host};
-use crate::image::{Held, Image, Token};
+use crate::image::{Held, Image, Run, Token};
 use crate::units::{GuestOffset, HostOffset};
 
 /// Where guest bytes are.
@@ -118,16 +118,23 @@ impl<H: Host> Found<'_, H> {
 ///
 /// # Errors
 /// Those of a layer's file, `EIO` for damaged tables.
-pub(crate) fn find<H: Host>(
+pub(crate) fn find<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<Found<'_, H>> {
+    find_by(top, guest, len, |len| top.lookup(guest, len))
+}
+
+/// [`find`], where the image itself is asked by `lookup`: by one that has its
+/// metadata lock already.
+pub(crate) fn find_by<H: Host>(
     top: &Image<H>,
     guest: GuestOffset,
     mut len: u64,
+    lookup: impl FnOnce(u64) -> Result<Run>,
 ) -> Result<Found<'_, H>> {
     if let Some(clear) = top.without_table(guest, len) {
         len = clear;
     } else {
         let token = top.enter();
-        let run = top.lookup(guest, len)?;
+        let run = lookup(len)?;
         len = run.len;
         let source = match run.mapping {
             Mapping::Normal(host) => Some(Source::Own(top, host, token)),

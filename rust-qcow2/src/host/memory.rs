@@ -140,8 +140,10 @@ impl super::File for MemoryFile {
         false
     }
 
-    fn discard(&self, _offset: u64, _len: u64) -> Result<()> {
-        Ok(())
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let mut inner = self.0.lock();
+        let len = len.min((inner.bytes.len() as u64).saturating_sub(offset));
+        inner.step(Event::Write(offset, vec![0; len as usize]))
     }
 
     fn flush(&self) -> Result<()> {

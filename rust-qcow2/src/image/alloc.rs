@@ -9,6 +9,10 @@ use crate::format::geometry::{MAX_HOST_OFFSET, MAX_REFTABLE_BYTES};
 use crate::host::{Event, File, Host};
 use crate::units::{ClusterIndex, HostOffset, div_up};
 
+/// How many bytes of the guest's disk may wait as in
+/// [`Image::free_replaced`] before somebody flushes.
+const MAX_REPLACED: u64 = 32 << 20;
+
 impl<H: Host> Image<H> {
     /// Takes `len` bytes, rounded up to clusters, in one piece.
     ///
@@ -141,13 +145,39 @@ impl<H: Host> Image<H> {
 
     /// Frees what waited for requests that have left meanwhile.
     pub(super) fn reclaim(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        let most = (MAX_REPLACED >> self.geometry.cluster_bits).max(16);
+        if st.refcounts.replaced.len() as u64 > most {
+            self.free_replaced(st)?;
+        }
         if self.inflight.is_empty() {
-            return Ok(());
+            return self.pass_discards(st);
         }
         for freed in self.inflight.released() {
             self.free_now(st, freed.offset, freed.len, freed.reason);
         }
         self.pass_discards(st)
+    }
+
+    /// [`Image::reclaim`], and of compressed data whatever nobody refers to.
+    pub(super) fn reclaim_all(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.free_replaced(st)?;
+        self.reclaim(st)
+    }
+
+    /// Frees compressed data that were discarded or written anew. As long as a
+    /// table on disk refers to them they are not given to anybody: after a
+    /// crash they are the only copy of what a partial write left alone, and
+    /// other bytes in their place could not be decompressed.
+    fn free_replaced(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.refcounts.replaced.is_empty() {
+            return Ok(());
+        }
+        self.write_slices(st)?;
+        self.host.file().flush()?;
+        for freed in std::mem::take(&mut st.refcounts.replaced) {
+            self.free_data(st, freed.offset, freed.len, freed.reason);
+        }
+        Ok(())
     }
 
     /// Finds `count` free clusters in a row, from the hint on, and moves the

@@ -132,9 +132,7 @@ impl<H: Host> Image<H> {
         host: HostOffset,
     ) -> Result<()> {
         let mut bytes = self.host.aligned(len as usize)?;
-        // Brings the slice in, so that the read below needs no lock.
-        self.lookup_locked(st, guest, len)?;
-        self.read_bytes(guest, &mut bytes)?;
+        self.read_bytes_locked(st, guest, &mut bytes)?;
         self.write_data(guest, host, &bytes)
     }
 }

@@ -51,7 +51,8 @@ pub(super) fn encryption_of(
         2 if place.is_some() => Ok(Some((Encryption::Luks, place))),
         2 => Err(Error::invalid("Missing CRYPTO header for crypt method 2")),
         other => Err(Error::invalid(format!(
-            "Unsupported encryption method {other}"
+            "Unsupported encryption method {}",
+            other as i32
         ))),
     }
 }

@@ -22,7 +22,7 @@ impl<H: Host> Image<H> {
     pub fn make_empty(&self) -> Result<()> {
         let mut st = self.lock();
         self.ensure_usable()?;
-        self.reclaim(&mut st)?;
+        self.reclaim_all(&mut st)?;
         let l1_clusters = div_up(self.l1.len() * 8, self.geometry.cluster_size());
         // Bitmaps would be overwritten.
         if self.geometry.version >= 3

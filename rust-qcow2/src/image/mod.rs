@@ -68,6 +68,7 @@ const MAX_WORKERS: usize = 8;
 use inflight::InFlight;
 pub(crate) use inflight::{Held, Token};
 use l1::L1Table;
+pub(crate) use map::Run;
 pub(crate) use pieces::TablePiece;
 use write::PendingAllocations;
 

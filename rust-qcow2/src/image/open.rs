@@ -160,7 +160,7 @@ impl<H: Host> Image<H> {
     pub fn flush(&self) -> Result<()> {
         let mut st = self.lock();
         self.ensure_usable()?;
-        self.reclaim(&mut st)?;
+        self.reclaim_all(&mut st)?;
         self.write_back(&mut st)
     }
 
@@ -180,7 +180,7 @@ impl<H: Host> Image<H> {
                 self.host.report(&Error::with_errno(error.code(), what));
             })
         };
-        self.reclaim(&mut st)?;
+        self.reclaim_all(&mut st)?;
         let slices = self
             .write_slices(&mut st)
             .and_then(|()| self.host.file().flush());

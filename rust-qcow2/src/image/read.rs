@@ -1,7 +1,8 @@
 //! Reading guest data.
 
-use super::{Image, MAX_PIECES, MAX_WORKERS};
-use crate::chain::walk::find;
+use super::map::Run;
+use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
+use crate::chain::walk::{find, find_by};
 use crate::error::Result;
 use crate::host::{GuestBuf, Host, Task};
 use crate::units::GuestOffset;
@@ -55,9 +56,30 @@ impl<H: Host> Image<H> {
     }
 
     /// Reads guest data into driver memory, for copy-on-write.
-    pub(super) fn read_bytes(&self, mut guest: GuestOffset, mut bytes: &mut [u8]) -> Result<()> {
+    pub(super) fn read_bytes(&self, guest: GuestOffset, bytes: &mut [u8]) -> Result<()> {
+        self.read_bytes_by(guest, bytes, |guest, len| self.lookup(guest, len))
+    }
+
+    /// [`Image::read_bytes`] with the metadata lock held.
+    pub(super) fn read_bytes_locked(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        bytes: &mut [u8],
+    ) -> Result<()> {
+        self.read_bytes_by(guest, bytes, |guest, len| {
+            self.lookup_locked(st, guest, len)
+        })
+    }
+
+    fn read_bytes_by(
+        &self,
+        mut guest: GuestOffset,
+        mut bytes: &mut [u8],
+        mut lookup: impl FnMut(GuestOffset, u64) -> Result<Run>,
+    ) -> Result<()> {
         while !bytes.is_empty() {
-            let found = find(self, guest, bytes.len() as u64)?;
+            let found = find_by(self, guest, bytes.len() as u64, |len| lookup(guest, len))?;
             let (part, rest) = bytes.split_at_mut(found.len as usize);
             found.read(guest, part)?;
             guest = guest.add(found.len);

@@ -2,6 +2,7 @@
 
 use rustc_hash::FxHashMap;
 
+use super::inflight::Freed;
 use super::open::read_table;
 use super::{Image, StateGuard};
 use crate::error::{Error, Result};
@@ -93,6 +94,8 @@ pub(super) struct Refcounts<H: Host> {
     pub(super) packed_end: Option<HostOffset>,
     /// Space that goes back to the file: see [`Image::pass_discards`].
     pub(super) discards: Vec<(HostOffset, u64, Reason)>,
+    /// Compressed data that the tables on disk may still refer to.
+    pub(super) replaced: Vec<Freed>,
 }
 
 impl<H: Host> Refcounts<H> {
@@ -107,6 +110,7 @@ impl<H: Host> Refcounts<H> {
             free_hint: 0,
             packed_end: None,
             discards: Vec::new(),
+            replaced: Vec::new(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::refcounts::Reason;
 use super::{Image, Options, StateGuard};
 use crate::error::{Error, Result};
-use crate::format::entry::{L2Entry, MetadataKind};
+use crate::format::entry::{L2Entry, Mapping, MetadataKind};
 use crate::format::geometry::MAX_L1_BYTES;
 use crate::format::header::field;
 use crate::host::{Event, File, Host, Preallocation, ZeroFlags};
@@ -322,10 +322,19 @@ impl<H: Host> Image<H> {
     fn zero_bytes(&self, st: &mut StateGuard<'_, H>, at: u64, len: u64) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let cluster = GuestOffset(at).align_down(bits);
+        self.await_all_allocations(st, cluster, 1 << bits);
+        let run = self.lookup_locked(st, GuestOffset(at), len)?;
+        match run.mapping {
+            Mapping::Normal(host) if run.copied => {
+                // Others may be writing to the rest of the cluster.
+                self.ensure_free_for_data(st, host, len)?;
+                let zeroes = self.host.aligned(len as usize)?;
+                return self.write_data(GuestOffset(at), host, &zeroes);
+            }
+            _ => {}
+        }
         let mut bytes = self.host.aligned(1 << bits)?;
-        // Brings the slice in, so that the read below needs no lock.
-        self.lookup_locked(st, cluster, 1 << bits)?;
-        self.read_bytes(cluster, &mut bytes)?;
+        self.read_bytes_locked(st, cluster, &mut bytes)?;
         let first = (at - cluster.0) as usize;
         bytes[first..first + len as usize].fill(0);
         let end = self.preallocate(st, cluster, 1 << bits)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::inflight::Token;
+use super::inflight::{Freed, Token};
 use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
@@ -260,7 +260,7 @@ impl<H: Host> Image<H> {
     }
 
     /// Refuses to write guest data over metadata.
-    fn ensure_free_for_data(
+    pub(super) fn ensure_free_for_data(
         &self,
         st: &mut StateGuard<'_, H>,
         host: HostOffset,
@@ -426,7 +426,13 @@ impl<H: Host> Image<H> {
             }
             Mapping::Compressed => {
                 let extent = entry.compressed(self.geometry.cluster_bits);
-                self.free_data(st, extent.offset, extent.len, reason);
+                let (offset, len) = (extent.offset, extent.len);
+                let freed = Freed {
+                    offset,
+                    len,
+                    reason,
+                };
+                st.refcounts.replaced.push(freed);
             }
             Mapping::Unallocated | Mapping::ZeroPlain => {}
         }

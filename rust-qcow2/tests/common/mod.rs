@@ -85,6 +85,12 @@ pub fn write(image: &TestImage, at: u64, data: &[u8]) -> rust_qcow2::Result<()> 
     image.write(GuestOffset(at), data.len() as u64, SharedBuf(&memory), 0)
 }
 
+/// Writes clusters compressed.
+pub fn write_compressed(image: &TestImage, at: u64, data: &[u8]) -> rust_qcow2::Result<()> {
+    let memory = Mutex::new(data.to_vec());
+    image.write_compressed(GuestOffset(at), data.len() as u64, SharedBuf(&memory), 0)
+}
+
 /// A bitmap in memory: the numbers of the bits that are set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryBits {

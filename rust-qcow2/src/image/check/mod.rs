@@ -119,7 +119,7 @@ impl<H: Host> Image<H> {
         self.need_refcounts(&mut st)?;
         if self.is_writable() {
             // From here on the file is the truth.
-            self.reclaim(&mut st)?;
+            self.reclaim_all(&mut st)?;
             self.write_back_all(&mut st)?;
         } else if fix.any() {
             return Err(Error::errno(libc::EACCES));
