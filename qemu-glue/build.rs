@@ -36,6 +36,7 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_co_truncate",
     "bdrv_co_unref",
     "bdrv_block_status_above",
+    "bdrv_check_qiov_request",
     "bdrv_default_perms",
     "bdrv_get_aio_context",
     "bdrv_get_device_name",
@@ -63,7 +64,10 @@ const FUNCTIONS: &[&str] = &[
     "blk_co_pwrite",
     "blk_co_truncate",
     "blk_co_unref",
+    "blk_new_with_bs",
     "blk_set_allow_write_beyond_eof",
+    "blk_truncate",
+    "blk_unref",
     // Dirty bitmaps.
     "bdrv_create_dirty_bitmap",
     "bdrv_dirty_bitmap_check",

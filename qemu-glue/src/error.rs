@@ -52,6 +52,11 @@ pub(crate) unsafe fn set(errp: ErrorPtr, error: &Error, what: &str) {
     };
     // SAFETY: the caller vouches for errp; the text is as long as said.
     unsafe { sys::rq_error_set(errp, number, text.as_ptr().cast(), text_len(text)) };
+    // A hint to an error that ends the program is of no use.
+    if let Some(hint) = error.hint().filter(|_| !errp.is_null()) {
+        // SAFETY: the error was set just now.
+        unsafe { sys::rq_error_hint(errp, hint.as_ptr().cast(), text_len(hint)) };
+    }
 }
 
 /// Puts `text` in front of the error in `*errp`.

@@ -351,6 +351,8 @@ fn blkdebug_event(event: Event) -> sys::BlkdebugEvent {
         Event::ClusterAllocBytes => sys::BLKDBG_CLUSTER_ALLOC_BYTES,
         Event::ClusterAllocSpace => sys::BLKDBG_CLUSTER_ALLOC_SPACE,
         Event::ClusterFree => sys::BLKDBG_CLUSTER_FREE,
+        Event::VmstateSave => sys::BLKDBG_VMSTATE_SAVE,
+        Event::VmstateLoad => sys::BLKDBG_VMSTATE_LOAD,
         Event::EmptyImagePrepare => sys::BLKDBG_EMPTY_IMAGE_PREPARE,
     }
 }

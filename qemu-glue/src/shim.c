@@ -150,6 +150,11 @@ void rq_error_set(Error **errp, int os_errno, const char *text, int len)
     }
 }
 
+void rq_error_hint(Error **errp, const char *text, int len)
+{
+    error_append_hint(errp, "%.*s\n", len, text);
+}
+
 void rq_error_prepend(Error **errp, const char *text)
 {
     ERRP_GUARD();

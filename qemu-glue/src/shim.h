@@ -41,6 +41,9 @@ extern const char *const rq_strong_runtime_opts[];
  */
 void rq_error_set(Error **errp, int os_errno, const char *text, int len);
 
+/* Adds len bytes as a hint to *errp, which is set. */
+void rq_error_hint(Error **errp, const char *text, int len);
+
 /* Puts text in front of what *errp says. */
 void rq_error_prepend(Error **errp, const char *text);
 

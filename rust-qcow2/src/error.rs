@@ -15,6 +15,7 @@ pub struct Error {
     errno: i32,
     message: Option<Cow<'static, str>>,
     append_errno: bool,
+    hint: Option<Box<str>>,
 }
 
 impl Error {
@@ -25,6 +26,7 @@ impl Error {
             errno,
             message: None,
             append_errno: false,
+            hint: None,
         }
     }
 
@@ -34,6 +36,7 @@ impl Error {
             errno,
             message: Some(message.into()),
             append_errno: false,
+            hint: None,
         }
     }
 
@@ -44,6 +47,7 @@ impl Error {
             errno,
             message: Some(message.into()),
             append_errno: true,
+            hint: None,
         }
     }
 
@@ -66,6 +70,19 @@ impl Error {
         } else {
             Self::with_errno(self.errno, message)
         }
+    }
+
+    /// Adds what the person may do about it, for a terminal.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<Box<str>>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// What the person may do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
     }
 
     /// The positive error number.

@@ -33,6 +33,8 @@ class Layer:
         # The bits in its bitmaps need not be the same on both sides.
         self.bits_differ = False
         self.content = Runs(size)
+        # Internal snapshots: name, and content and cut as they were.
+        self.kept = {}
 
     @property
     def size(self):
@@ -427,6 +429,18 @@ class Chain:
             if b'rqcow2' in file.read(layer.cluster):
                 raise Mismatch(f'the header of {layer.name} says rqcow2')
 
+    def verify_kept(self, driver, side, layer):
+        """Compares the internal snapshots of an image with the model."""
+        out = os.path.join(self.directories[side], 'out.raw')
+        for name, (content, _) in layer.kept.items():
+            # It is shown with the size of the disk.
+            if content.size == layer.size:
+                self.run(driver, side, 'qemu-img', ['convert', '-f', driver.format, '-l', f'snapshot.name={name}',
+                                                    '-O', 'raw', layer.name, 'out.raw'])
+                self.expect(out, content, f'snapshot {name} of {layer.name} of side {"ab"[side]} as read by '
+                                          f'{driver.name}')
+                os.remove(out)
+
     def normal_map(self, text, exact):
         """What qemu-img map says, less where in the file things are."""
         merged = []
@@ -455,6 +469,8 @@ class Chain:
         self.verify_layer(driver, 0, self.top)
         self.verify_layer(oracle, 0, self.top)
         self.verify_layer(driver, 1, self.top)
+        self.verify_kept(driver, 1, self.top)
+        self.verify_kept(oracle, 0, self.top)
         if thorough:
             for layer in self.layers[:-1]:
                 if rng.random() < 0.3:
@@ -463,14 +479,16 @@ class Chain:
         side = rng.randint(0, 1)
         if self.top.kind != 'qcow2':
             return
-        commands = [['map', '--output=json'], ['info', '--output=json'], ['check', '--output=json'],
+        commands = [['map', '--output=json'], ['info', '--output=json'], ['snapshot', '-l'], ['check', '--output=json'],
                     ['measure', '--output=json', '-O', lambda d: d.format]]
         if thorough:
             commands.append(['info', '--backing-chain', '--output=json'])
         for command in commands:
             line = [command[0], '-f', lambda d: d.format, *command[1:], self.top.name]
+            if command[0] == 'snapshot':
+                line = ['snapshot', '--image-opts', '-l', lambda d: f'driver={d.format},file.filename={self.top.name}']
             texts = [self.run(d, side, 'qemu-img', line)[1] for d in (driver, oracle)]
-            answers = [programs.parse(text) for text in texts]
+            answers = texts if command[0] == 'snapshot' else [programs.parse(text) for text in texts]
             if command[0] == 'measure' and answers[1].get('bitmaps') == 0:
                 # Known only to a driver that can keep bitmaps.
                 answers = [{k: v for k, v in answer.items() if k != 'bitmaps'} for answer in answers]

@@ -7,6 +7,7 @@ only, so that a sequence can be replayed, and with operations left out.
 import os
 import shutil
 
+from . import bitmaps
 from .bitmaps import bitmap
 from .chain import KIB, MIB, Chain, Layer, check_run
 from .programs import Mismatch
@@ -317,9 +318,57 @@ def snapshot(chain, rng):
     return chain.add_layer(rng)
 
 
+def keep(chain, rng):
+    """Takes an internal snapshot, goes back to one, or deletes one."""
+    top = chain.top
+    if top.kind != 'qcow2':
+        return
+    chain.close()
+    chain.deal(rng)
+    kept = top.kept
+    draw = rng.random()
+    args = ['snapshot', '-q', '--image-opts']
+    image = [lambda d: f'driver={d.format},file.filename={top.name}']
+    if not kept or draw < 0.5 and len(kept) < 6:
+        name = f's{chain.serial}'
+        chain.serial += 1
+        if chain.both('qemu-img', [*args, '-c', name, *image], status=None) is None:
+            # Refcounts are at their limit. What was counted already is leaked.
+            chain.both('qemu-img', ['check', '-q', '-r', 'all', '-f', lambda d: d.format, top.name])
+        else:
+            kept[name] = (top.content.copy(), top.cut)
+    elif draw < 0.75:
+        name = rng.choice(sorted(kept))
+        size = top.size
+        if chain.both('qemu-img', [*args, '-a', name, *image], status=None) is not None:
+            content, top.cut = kept[name]
+            top.content = content.copy()
+        elif top.version == 3 or kept[name][0].size == size:
+            # Only an old image cannot change its size.
+            if bitmaps.read(os.path.join(chain.directories[0], top.name)):
+                return      # QEMU wants them to go first
+            if not refcounts_are_small(chain):
+                raise Mismatch(f'going back to {name} of {top.name} failed')
+            chain.both('qemu-img', ['check', '-q', '-r', 'all', '-f', lambda d: d.format, top.name])
+    else:
+        name = rng.choice(sorted(kept))
+        chain.both('qemu-img', [*args, '-d', name, *image])
+        del kept[name]
+    for side in (0, 1):
+        chain.check_layer(side, top)
+
+
+def refcounts_are_small(chain):
+    """Whether the top's refcounts have less than 4 bits."""
+    with open(os.path.join(chain.directories[0], chain.top.name), 'rb') as file:
+        header = file.read(104)
+    return header[7] >= 3 and header[99] < 2
+
+
 def commit(chain, rng):
     """Commits the top into an image below."""
-    if len(chain.layers) < 2:
+    if len(chain.layers) < 2 or any(layer.kept for layer in chain.layers):
+        # Snapshots see what is below, too.
         return
     chain.close()
     chain.deal(rng)
@@ -358,7 +407,7 @@ def commit(chain, rng):
 
 def rebase(chain, rng):
     """Gives the top another backing file, or none, with the same contents."""
-    if len(chain.layers) < 2 or chain.top.size > 256 * MIB:
+    if len(chain.layers) < 2 or chain.top.size > 256 * MIB or any(layer.kept for layer in chain.layers):
         return
     chain.close()
     chain.deal(rng)
@@ -598,7 +647,7 @@ def wound(path, rng):
 
 OPERATIONS = {
     write: 30, compress: 6, zero: 10, discard: 9, read: 9, read_all: 3, parallel: 8, flush: 3, truncate: 5, inspect: 3,
-    reopen: 8, bitmap: 6, snapshot: 7, commit: 4, rebase: 2, convert: 2, measure: 1, crash: 3, repair: 2,
+    reopen: 8, bitmap: 6, snapshot: 7, commit: 4, rebase: 2, keep: 5, convert: 2, measure: 1, crash: 3, repair: 2,
 }
 BY_NAME = {operation.__name__: operation for operation in OPERATIONS}
 

@@ -11,7 +11,7 @@ mod manage;
 mod measure;
 mod open;
 mod reopen;
-mod unserved;
+mod snapshots;
 
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
@@ -153,13 +153,13 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_get_specific_info: Some(info::get_specific_info),
         bdrv_get_specific_stats: Some(info::get_specific_stats),
 
-        bdrv_snapshot_create: Some(unserved::snapshot_create),
-        bdrv_snapshot_goto: Some(unserved::snapshot_goto),
-        bdrv_snapshot_delete: Some(unserved::snapshot_delete),
-        bdrv_snapshot_list: Some(unserved::snapshot_list),
-        bdrv_snapshot_load_tmp: Some(unserved::snapshot_load_tmp),
-        bdrv_co_save_vmstate: Some(unserved::save_vmstate),
-        bdrv_co_load_vmstate: Some(unserved::load_vmstate),
+        bdrv_snapshot_create: Some(snapshots::create),
+        bdrv_snapshot_goto: Some(snapshots::goto),
+        bdrv_snapshot_delete: Some(snapshots::delete),
+        bdrv_snapshot_list: Some(snapshots::list),
+        bdrv_snapshot_load_tmp: Some(snapshots::load_tmp),
+        bdrv_co_save_vmstate: Some(snapshots::save_vmstate),
+        bdrv_co_load_vmstate: Some(snapshots::load_vmstate),
         ..Default::default()
     }
 }

@@ -10,6 +10,7 @@
 //! - `compression`: compressed clusters
 //! - [`bitmaps`]: persistent dirty bitmaps
 //! - [`refcount`]: refcount blocks of all widths
+//! - [`snapshots`]: the snapshot table
 
 pub mod bitmaps;
 mod compression;
@@ -18,3 +19,4 @@ pub mod extension;
 pub mod geometry;
 pub mod header;
 pub mod refcount;
+pub mod snapshots;

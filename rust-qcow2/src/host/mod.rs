@@ -184,6 +184,8 @@ pub enum Event {
     ClusterAllocSpace,
     ClusterFree,
     EmptyImagePrepare,
+    VmstateSave,
+    VmstateLoad,
 }
 
 /// What [`Host::report_corruption`] has to tell.

@@ -1,5 +1,7 @@
 //! Finding, taking and giving back clusters of the file.
 
+use std::io::Write as _;
+
 use super::inflight::Freed;
 use super::refcounts::{BlockId, Change, Reason};
 use super::{Image, StateGuard};
@@ -129,10 +131,9 @@ impl<H: Host> Image<H> {
     /// clusters stay allocated: that costs space, and no data.
     fn free_now(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64, reason: Reason) {
         if let Err(error) = self.change_refcount(st, offset, len, Change::Sub(1), reason) {
-            self.host.report(&Error::with_errno(
-                error.code(),
-                "qcow2_free_clusters failed",
-            ));
+            // Without the name of the program, as it is known.
+            let text = Error::with_errno(error.code(), "qcow2_free_clusters failed");
+            let _ = writeln!(std::io::stderr(), "{text}");
         }
     }
 

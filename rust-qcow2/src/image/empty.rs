@@ -6,7 +6,7 @@ use super::{Image, StateGuard};
 use crate::error::Result;
 use crate::format::header::{Encryption, field};
 use crate::host::{Event, File, Host, Preallocation, ZeroFlags};
-use crate::units::{GuestOffset, HostOffset, div_up, round_up};
+use crate::units::{GuestOffset, HostOffset, div_up};
 
 /// Header, refcount table and one refcount block: what comes before the L1
 /// table in an empty image, in clusters.
@@ -24,16 +24,17 @@ impl<H: Host> Image<H> {
         self.ensure_usable()?;
         self.reclaim_all(&mut st)?;
         let l1_clusters = div_up(self.l1.len() * 8, self.geometry.cluster_size());
-        // Bitmaps would be overwritten.
+        // Bitmaps and snapshots would be overwritten.
         if self.geometry.version >= 3
             && !self.has_data_file()
             && self.encryption != Some(Encryption::Luks)
             && !self.has_bitmaps()
+            && self.shared.read().snapshots.list.is_empty()
             && BEFORE_L1 + l1_clusters <= self.geometry.refcounts_per_block()
         {
             return self.lay_out_anew(&mut st, l1_clusters);
         }
-        let size = round_up(self.size(), self.geometry.cluster_bits);
+        let size = self.mapped_end(self.size());
         let after = After::Unallocated;
         self.discard_clusters(&mut st, GuestOffset(0), size, Reason::Snapshot, after)?;
         self.shrink_l1(&mut st, 0)?;

@@ -125,10 +125,15 @@ impl InFlight {
         shards.all(|active| active.0[epoch].load(Ordering::SeqCst) == 0)
     }
 
+    /// Whether no request is counted in.
+    pub(super) fn is_unused(&self) -> bool {
+        self.is_idle(0) && self.is_idle(1)
+    }
+
     /// Whether a range may be freed at once. If not it was taken into the
     /// waiting room. The tables do not refer to the range any more.
     pub(super) fn must_wait(&self, freed: Freed) -> bool {
-        if self.is_idle(0) && self.is_idle(1) {
+        if self.is_unused() {
             return false;
         }
         self.waiting.lock().current.push(freed);

@@ -38,6 +38,7 @@ mod read;
 mod refcounts;
 mod resize;
 mod shrink;
+pub mod snapshots;
 mod status;
 mod write;
 mod writeback;
@@ -111,6 +112,10 @@ struct Shared {
     /// What the user asked for; it depends on the size of the disk what that
     /// amounts to.
     request: OptionRequest,
+    /// The internal snapshots.
+    snapshots: snapshots::SnapshotTable,
+    /// A snapshot is shown instead of the disk.
+    shows_snapshot: bool,
     /// A corruption was reported to the user already.
     corruption_signaled: bool,
 }
@@ -184,7 +189,7 @@ impl<H: Host> Image<H> {
             data_file: shared.extensions.data_file.clone(),
             external_data: header.incompatible.contains(Incompatible::DATA_FILE),
             raw_data_file: header.autoclear.contains(Autoclear::RAW_DATA_FILE),
-            vm_state_offset: u64::from(header.l1_size) << self.geometry.l2_span_bits(),
+            vm_state_offset: self.vm_state_offset(),
         }
     }
 
@@ -209,6 +214,11 @@ impl<H: Host> Image<H> {
         self.l1.len() > 0 && self.l1.get(0).table().is_some()
     }
 
+    /// Where the area behind the guest's disk begins.
+    fn vm_state_offset(&self) -> u64 {
+        self.geometry.l1_entries_for(self.size()) << self.geometry.l2_span_bits()
+    }
+
     /// The options in force.
     pub fn options(&self) -> Options {
         self.shared.read().options
@@ -218,9 +228,13 @@ impl<H: Host> Image<H> {
     /// Changes nothing.
     ///
     /// # Errors
-    /// As on open.
+    /// As on open; `EACCES` for writing to an image that shows a snapshot.
     pub fn resolve_options(&self, flags: OpenFlags, request: &OptionRequest) -> Result<Options> {
-        Options::resolve(&self.shared.read().header, flags, request)
+        let shared = self.shared.read();
+        if flags.writable && shared.shows_snapshot {
+            return Err(Error::errno(libc::EACCES));
+        }
+        Options::resolve(&shared.header, flags, request)
     }
 
     /// Puts options and flags in force; no request is in flight. Cached tables
@@ -232,6 +246,8 @@ impl<H: Host> Image<H> {
             shared.options = options;
             shared.request = request.clone();
         }
+        // The kinds of metadata that are looked for may be others now.
+        self.forget_overlap_map();
         self.l2
             .resize(options.caches.l2_slices, options.caches.l2_slice_size);
         // A chain has the memory of the image on top.

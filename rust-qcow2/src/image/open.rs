@@ -10,6 +10,7 @@ use super::crypt::encryption_of;
 use super::inflight::InFlight;
 use super::l1::L1Table;
 use super::refcounts::{Refcounts, read_refcount_table};
+use super::snapshots::{SnapshotTable, read_snapshot_table};
 use super::write::PendingAllocations;
 use super::writeback::Order;
 use super::{Image, OpenFlags, OptionRequest, Options, Shared, State, check};
@@ -25,11 +26,9 @@ use crate::format::geometry::{
 use crate::format::header::{
     Autoclear, Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH,
 };
+use crate::format::snapshots::ENTRY_HEADER as SNAPSHOT_HEADER;
 use crate::host::{File, Host};
 use crate::units::HostOffset;
-
-/// Least size of an entry of the snapshot table, for a check of its place.
-const SNAPSHOT_HEADER: u64 = 40;
 
 impl<H: Host> Image<H> {
     /// Opens an image: reads header, extensions, L1 table and refcount table,
@@ -84,6 +83,13 @@ impl<H: Host> Image<H> {
             host.open_data_file(geometry.external_data, extensions.data_file.as_deref())?;
         }
         let backing_file = read_backing_name(&front, &header)?;
+        // A check reads the table itself, as it may have to be repaired.
+        let snapshots = if flags.check {
+            SnapshotTable::default()
+        } else {
+            let (offset, count) = (header.snapshots_offset, header.nb_snapshots);
+            read_snapshot_table(&file, offset, count, header.size & !511, None)?
+        };
 
         let stale = void_bitmaps || !(header.autoclear & !KNOWN_AUTOCLEAR).is_empty();
         let clear_autoclear = flags.writable && !flags.inactive && stale;
@@ -115,6 +121,8 @@ impl<H: Host> Image<H> {
                 flags,
                 options,
                 request: request.clone(),
+                snapshots,
+                shows_snapshot: false,
                 corruption_signaled: false,
             }),
             state: Mutex::new(State {
@@ -300,8 +308,8 @@ fn validate_tables(header: &Header, geometry: &Geometry, flags: OpenFlags) -> Re
         geometry.validate_table(
             header.snapshots_offset,
             u64::from(header.nb_snapshots),
-            SNAPSHOT_HEADER,
-            SNAPSHOT_HEADER * u64::from(MAX_SNAPSHOTS),
+            SNAPSHOT_HEADER as u64,
+            SNAPSHOT_HEADER as u64 * u64::from(MAX_SNAPSHOTS),
             "Snapshot table",
         )?;
     }
@@ -402,9 +410,6 @@ fn refuse_unserved(header: &Header, flags: OpenFlags) -> Result<()> {
     let external = header.incompatible.contains(Incompatible::DATA_FILE);
     if header.autoclear.contains(Autoclear::RAW_DATA_FILE) && !external && !flags.no_io {
         return Err(Error::invalid("data-file-raw requires a data file"));
-    }
-    if header.nb_snapshots != 0 {
-        return refuse("images with internal snapshots");
     }
     Ok(())
 }

@@ -6,9 +6,11 @@
 
 use rustc_hash::FxHashMap;
 
+use super::open::read_table;
 use super::{Image, StateGuard};
 use crate::error::Result;
 use crate::format::entry::{L1Entry, MetadataKind};
+use crate::format::geometry::MAX_L1_BYTES;
 use crate::host::Host;
 use crate::units::{ClusterIndex, HostOffset};
 
@@ -31,6 +33,9 @@ pub(super) fn template(name: &str) -> Option<MetadataKind> {
 #[derive(Default)]
 pub(super) struct MetadataMap {
     kinds: FxHashMap<ClusterIndex, MetadataKind>,
+    /// L1 tables of snapshots, first and last cluster: sorted, and none touches
+    /// another. They may be many, and long.
+    inactive_l1: Vec<(u64, u64)>,
 }
 
 impl MetadataMap {
@@ -44,7 +49,15 @@ impl MetadataMap {
             // One name for the message: the lowest bit, the order of checks.
             found.iter().next()
         };
-        (first..=last).find_map(hit)
+        (first..=last).find_map(hit).or_else(|| {
+            let at = self.inactive_l1.partition_point(|(_, end)| *end < first);
+            let touched = self
+                .inactive_l1
+                .get(at)
+                .is_some_and(|(start, _)| *start <= last);
+            let kind = MetadataKind::INACTIVE_L1;
+            (touched && kinds.contains(kind)).then_some(kind)
+        })
     }
 }
 
@@ -80,7 +93,7 @@ impl<H: Host> Image<H> {
         let hit = loop {
             match self.overlap_fast(ignore, offset, len) {
                 Some(hit) => break hit,
-                None => self.make_overlap_map(st),
+                None => self.make_overlap_map(st)?,
             }
         };
         match hit {
@@ -95,7 +108,8 @@ impl<H: Host> Image<H> {
         }
     }
 
-    fn make_overlap_map(&self, st: &StateGuard<'_, H>) {
+    fn make_overlap_map(&self, st: &StateGuard<'_, H>) -> Result<()> {
+        const INACTIVE_L2: MetadataKind = MetadataKind::INACTIVE_L2;
         let size = self.geometry.cluster_size();
         let mut map = MetadataMap::default();
         let mut range = |offset: u64, len: u64, kind: MetadataKind| {
@@ -115,7 +129,7 @@ impl<H: Host> Image<H> {
             let shared = self.shared.read();
             (
                 shared.header.l1_table_offset,
-                shared.header.snapshots_offset,
+                (shared.header.snapshots_offset, shared.snapshots.clone()),
                 shared.directory(&self.geometry),
             )
         };
@@ -149,10 +163,31 @@ impl<H: Host> Image<H> {
                 );
             }
         }
-        if snapshots != 0 {
-            range(snapshots, 1, MetadataKind::SNAPSHOT_TABLE);
+        let (table_offset, snapshots) = snapshots;
+        range(table_offset, snapshots.bytes, MetadataKind::SNAPSHOT_TABLE);
+        // These cost I/O, and are asked for expressly.
+        let with_l2 = self.options().overlap_check.contains(INACTIVE_L2);
+        let mut inactive_l1 = Vec::new();
+        for snapshot in &snapshots.list {
+            let l1_size = u64::from(snapshot.l1_size).min(MAX_L1_BYTES / 8);
+            if l1_size > 0 {
+                let bits = self.geometry.cluster_bits;
+                let start = snapshot.l1_table_offset;
+                inactive_l1.push((start >> bits, start.saturating_add(l1_size * 8 - 1) >> bits));
+            }
+            if !with_l2 {
+                continue;
+            }
+            for entry in read_table(&self.host.file(), snapshot.l1_table_offset, l1_size)? {
+                if let Some(table) = L1Entry(entry).table() {
+                    range(table.0, size, INACTIVE_L2);
+                }
+            }
         }
+        inactive_l1.sort_unstable();
+        map.inactive_l1 = merged(inactive_l1);
         *self.overlap.write() = Some(map);
+        Ok(())
     }
 
     /// Notes that a cluster holds metadata from now on.
@@ -176,5 +211,35 @@ impl<H: Host> Image<H> {
     /// Forgets the map; it is made again from the tables in force.
     pub(super) fn forget_overlap_map(&self) {
         *self.overlap.write() = None;
+    }
+}
+
+/// Sorted ranges, with those that touch each other made one.
+fn merged(ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    let mut merged: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
+    for (first, last) in ranges {
+        match merged.last_mut() {
+            Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+            _ => merged.push((first, last)),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inactive_tables_are_found() {
+        let map = MetadataMap {
+            inactive_l1: merged(vec![(3, 5), (4, 4), (6, 8), (20, 20)]),
+            ..Default::default()
+        };
+        assert_eq!(map.inactive_l1, [(3, 8), (20, 20)]);
+        let found = |first, last| map.find(first, last, MetadataKind::CACHED).is_some();
+        assert!(!found(0, 2) && found(0, 3) && found(8, 9) && !found(9, 19));
+        assert!(found(5, 6) && found(20, 20) && !found(21, 30));
+        assert!(map.find(3, 3, MetadataKind::CONSTANT).is_none());
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::refcounts::Reason;
+use super::zero::After;
 use super::{Image, Options, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
@@ -30,6 +31,11 @@ impl<H: Host> Image<H> {
         }
         let mut st = self.lock();
         self.ensure_usable()?;
+        if self.geometry.version < 3 && !self.shared.read().snapshots.list.is_empty() {
+            return Err(Error::unsupported(
+                "Can't resize a v2 image which has snapshots",
+            ));
+        }
         let old = self.size();
         if new < old {
             if preallocation != Preallocation::Off {
@@ -39,6 +45,9 @@ impl<H: Host> Image<H> {
             }
             self.shrink(&mut st, old, new)?;
         } else {
+            if new > old {
+                self.discard_behind(&mut st, old)?;
+            }
             let entries = self.geometry.l1_entries_for(new);
             self.grow_l1(&mut st, entries, true)
                 .map_err(|error| error.context("Failed to grow the L1 table"))?;
@@ -293,6 +302,21 @@ impl<H: Host> Image<H> {
             self.free_entry(st, entry, Reason::Other);
         }
         Ok(zeroed)
+    }
+
+    /// Lets go what is mapped behind a disk of `size` bytes, so that it does not
+    /// become a part of it.
+    fn discard_behind(&self, st: &mut StateGuard<'_, H>, size: u64) -> Result<()> {
+        let mut at = GuestOffset(round_up(size, self.geometry.cluster_bits));
+        let end = self.mapped_end(size);
+        while at.0 < end {
+            let run = self.lookup_locked(st, at, end - at.0)?;
+            if run.mapping != Mapping::Unallocated {
+                self.discard_clusters(st, at, run.len, Reason::Other, After::Unallocated)?;
+            }
+            at = at.add(run.len);
+        }
+        Ok(())
     }
 
     fn zero_new_area<'a>(

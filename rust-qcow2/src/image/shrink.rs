@@ -17,7 +17,7 @@ impl<H: Host> Image<H> {
         self.discard_clusters(
             st,
             GuestOffset(cut),
-            round_up(old, bits).saturating_sub(cut),
+            self.mapped_end(old).saturating_sub(cut),
             Reason::Always,
             After::Unallocated,
         )
@@ -28,6 +28,13 @@ impl<H: Host> Image<H> {
             .map_err(|error| error.context("Failed to discard unused refblocks"))?;
         self.shrink_file(st)
             .map_err(|error| error.context("Failed to find the last cluster"))
+    }
+
+    /// The end of what the L1 table maps, behind a disk of `size` bytes: there
+    /// may be the state of a machine, after going back to a snapshot.
+    pub(super) fn mapped_end(&self, size: u64) -> u64 {
+        let end = self.l1.len() << self.geometry.l2_span_bits();
+        end.max(round_up(size, self.geometry.cluster_bits))
     }
 
     /// Frees the L2 tables from L1 entry `keep` on. The L1 table keeps its

@@ -197,12 +197,14 @@ impl<H: Host> Image<H> {
                 if new.free {
                     self.free_entry(st, old, reason);
                 } else if let Some(host) = self.geometry.mapping(old).host_cluster() {
-                    // The reference stays, the space goes.
+                    // The reference stays, the space goes, unless a snapshot
+                    // has it as well.
                     let options = self.shared.read().options;
                     if options.discard_no_unref
                         && options.discard_request
                         && reason == Reason::Request
                         && new.entry.has_zero_flag()
+                        && old.copied()
                     {
                         let size = self.geometry.cluster_size();
                         let _ = self.data_file()?.discard(host.0, size);

@@ -1,7 +1,7 @@
 //! Verifying and repairing an image.
 //!
 //! 1. Everything that the image refers to is counted: header, tables, data
-//!    (`references`, `extras`, `blocks`). Tables that are wrong in themselves
+//!    (`references`, `snapshots`, `extras`, `blocks`). Tables that are wrong in themselves
 //!    are reported on the way.
 //! 2. The counts are compared with the refcounts in the file (`compare`). A
 //!    count that is too high is a leak, one that is too low a corruption.
@@ -21,6 +21,7 @@ mod counts;
 mod extras;
 mod rebuild;
 mod references;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 
@@ -150,16 +151,31 @@ impl<H: Host> Image<H> {
 
 impl<H: Host> Check<'_, '_, H> {
     fn run(&mut self, fix: Fix) -> Result<()> {
-        let snapshots = self.read_snapshots()?;
+        let found = self.read_snapshots(fix)?;
+        if let Err(error) = self.check_refcounts(fix) {
+            self.report.corruptions += found.unfit;
+            self.report.corruptions_fixed += found.fixed;
+            return Err(error);
+        }
+        self.mend_snapshots(found, fix)?;
+        if fix.any() && !self.fatal {
+            self.finish()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Compares refcounts and copied flags with what the image refers to.
+    fn check_refcounts(&mut self, fix: Fix) -> Result<()> {
         self.measure_file()?;
         let size = self.image.size() & !511;
         self.report.total_clusters = div_up(size, self.image.geometry.cluster_size());
 
-        self.count_references(&snapshots, fix)?;
+        self.count_references(fix)?;
         let before = self.report.clone();
         self.compare(Fix::NONE);
         if self.rebuild && fix.errors {
-            self.rebuild_and_recount(&snapshots, fix)?;
+            self.rebuild_and_recount(fix)?;
         } else if self.rebuild && fix.any() {
             self.say(format_args!("ERROR need to rebuild refcount structures"));
             self.report.check_errors += 1;
@@ -171,11 +187,7 @@ impl<H: Host> Check<'_, '_, H> {
         }
         self.check_copied(fix)?;
         self.report.image_end_offset = (self.highest + 1) << self.image.geometry.cluster_bits;
-        if fix.any() && !self.fatal {
-            self.finish()
-        } else {
-            Ok(())
-        }
+        Ok(())
     }
 
     /// Writes what was repaired, and takes back the marks of a damaged image

@@ -4,7 +4,6 @@
 //! the old structure included, so until the header points to the new table the
 //! file is as it was.
 
-use super::extras::Snapshot;
 use super::{Check, Fix, MAX_CLUSTERS, strerror};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
@@ -16,7 +15,7 @@ use crate::units::{ClusterIndex, HostOffset, div_up};
 impl<H: Host> Check<'_, '_, H> {
     /// Rebuilds the structure from the references that were counted, counts
     /// again, and gives back what the old structure took.
-    pub(super) fn rebuild_and_recount(&mut self, snapshots: &[Snapshot], fix: Fix) -> Result<()> {
+    pub(super) fn rebuild_and_recount(&mut self, fix: Fix) -> Result<()> {
         let before = self.report.clone();
         self.say(format_args!("Rebuilding refcount structure"));
         self.rebuild_structure()?;
@@ -30,7 +29,7 @@ impl<H: Host> Check<'_, '_, H> {
         self.exact = false;
         self.counts.clear();
         self.measure_file()?;
-        self.count_references(snapshots, Fix::NONE)?;
+        self.count_references(Fix::NONE)?;
 
         let mut fresh_leaks = 0;
         if fix.leaks {

@@ -1,10 +1,10 @@
 //! Counting what the tables refer to.
 
-use super::extras::Snapshot;
 use super::{Check, Fix, strerror};
 use crate::error::Result;
 use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind, OFFSET_MASK};
 use crate::format::geometry::MAX_L1_BYTES;
+use crate::format::snapshots::Snapshot;
 use crate::host::{File, Host};
 use crate::units::HostOffset;
 
@@ -29,7 +29,7 @@ struct Table<'a> {
 impl<H: Host> Check<'_, '_, H> {
     /// Counts everything that the image refers to, and reports tables that are
     /// wrong in themselves.
-    pub(super) fn count_references(&mut self, snapshots: &[Snapshot], fix: Fix) -> Result<()> {
+    pub(super) fn count_references(&mut self, fix: Fix) -> Result<()> {
         let (l1_offset, l1_size, table_offset, table_clusters) = {
             let shared = self.image.shared.read();
             let header = &shared.header;
@@ -43,10 +43,18 @@ impl<H: Host> Check<'_, '_, H> {
         let cluster_bits = self.image.geometry.cluster_bits;
         self.count(0, 1 << cluster_bits)?;
         self.count_l1(l1_offset, l1_size, Owner::Active, fix)?;
-        for snapshot in snapshots {
-            self.count_snapshot(snapshot, fix)?;
+        let snapshots = self.image.snapshots();
+        if self.image.has_data_file() && !snapshots.is_empty() {
+            let count = snapshots.len();
+            self.say(format_args!(
+                "ERROR {count} snapshots in image with data file"
+            ));
+            self.report.corruptions += 1;
         }
-        self.count_snapshot_table(snapshots)?;
+        for snapshot in snapshots {
+            self.count_snapshot(&snapshot, fix)?;
+        }
+        self.count_snapshot_table()?;
         self.count(table_offset, table_clusters << cluster_bits)?;
         self.count_crypto_header()?;
         self.count_bitmaps()?;
@@ -90,23 +98,20 @@ impl<H: Host> Check<'_, '_, H> {
     }
 
     fn count_snapshot(&mut self, snapshot: &Snapshot, fix: Fix) -> Result<()> {
-        let Snapshot {
-            l1_offset, l1_size, ..
-        } = *snapshot;
+        let (l1_offset, l1_size) = (snapshot.l1_table_offset, snapshot.l1_size);
+        let (id, name) = (snapshot.id_text(), snapshot.name_text());
         if !HostOffset(l1_offset).is_aligned(self.image.geometry.cluster_bits) {
             self.say(format_args!(
-                "ERROR snapshot {} ({}) l1_offset={l1_offset:#x}: L1 table is not cluster \
-                 aligned; snapshot table entry corrupted",
-                snapshot.id, snapshot.name
+                "ERROR snapshot {id} ({name}) l1_offset={l1_offset:#x}: L1 table is not cluster \
+                 aligned; snapshot table entry corrupted"
             ));
             self.report.corruptions += 1;
             return Ok(());
         }
         if u64::from(l1_size) > MAX_L1_BYTES / 8 {
             self.say(format_args!(
-                "ERROR snapshot {} ({}) l1_size={l1_size:#x}: L1 table is too large; snapshot \
-                 table entry corrupted",
-                snapshot.id, snapshot.name
+                "ERROR snapshot {id} ({name}) l1_size={l1_size:#x}: L1 table is too large; snapshot \
+                 table entry corrupted"
             ));
             self.report.corruptions += 1;
             return Ok(());
