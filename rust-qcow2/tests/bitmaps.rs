@@ -50,6 +50,7 @@ fn shape(cluster_bits: u32, refcount_order: u32) -> Shape {
         cluster_bits,
         refcount_order,
         lazy_refcounts: false,
+        extended_l2: false,
     }
 }
 

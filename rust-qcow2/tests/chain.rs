@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Shape, TestImage, WRITABLE, create, read, write};
+use common::{EXTENDED, Shape, TestImage, WRITABLE, create, read, write};
 use proptest::prelude::*;
 use rust_qcow2::host::ZeroFlags;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
@@ -26,16 +26,28 @@ fn overlay(file: &MemoryFile, below: Option<Arc<TestImage>>, raw: Option<MemoryF
 
 #[derive(Clone, Debug)]
 struct Layer {
-    cluster_bits: u32,
+    shape: Shape,
     sectors: u64,
     writes: Vec<(u64, u64, u8)>,
     zeroes: Vec<(u64, u64)>,
 }
 
+fn shape() -> impl Strategy<Value = Shape> {
+    let standard = (9..=13u32).prop_map(|cluster_bits| Shape {
+        cluster_bits,
+        ..PLAIN
+    });
+    let extended = (14..=15u32).prop_map(|cluster_bits| Shape {
+        cluster_bits,
+        ..EXTENDED
+    });
+    prop_oneof![2 => standard, 1 => extended]
+}
+
 fn layer() -> impl Strategy<Value = Layer> {
     let range = (0..40_000u64, 1..6_000u64);
     (
-        9..=13u32,
+        shape(),
         20..100u64,
         prop::collection::vec(
             (range.clone(), 1..=255u8).prop_map(|((a, l), b)| (a, l, b)),
@@ -43,8 +55,8 @@ fn layer() -> impl Strategy<Value = Layer> {
         ),
         prop::collection::vec(range, 0..3),
     )
-        .prop_map(|(cluster_bits, sectors, writes, zeroes)| Layer {
-            cluster_bits,
+        .prop_map(|(shape, sectors, writes, zeroes)| Layer {
+            shape,
             sectors,
             writes,
             zeroes,
@@ -66,8 +78,7 @@ proptest! {
         let mut model = raw_bytes;
         for layer in &layers {
             let size = layer.sectors * 512;
-            let shape = Shape { cluster_bits: layer.cluster_bits, ..PLAIN };
-            let file = create(shape, size);
+            let file = create(layer.shape, size);
             let base = if below.is_none() { raw.clone() } else { None };
             let image = overlay(&file, below.take(), base);
             model.resize(size as usize, 0);
@@ -78,7 +89,7 @@ proptest! {
                 model[at as usize..(at + len) as usize].fill(*byte);
             }
             for (at, len) in &layer.zeroes {
-                let cluster = 1u64 << layer.cluster_bits;
+                let cluster = 1u64 << layer.shape.part_bits();
                 let at = (*at).min(size - 1) / cluster * cluster;
                 let end = (at + len).next_multiple_of(cluster).min(size);
                 let flags = ZeroFlags { may_unmap: true, no_fallback: false };

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::{PLAIN, Shape, TestImage, WRITABLE, create, read, write};
+use common::{EXTENDED, PLAIN, Shape, TestImage, WRITABLE, create, read, write};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use rust_qcow2::host::memory::MemoryHost;
@@ -31,9 +31,11 @@ impl Chain {
         }
     }
 
+    /// Puts a layer on top; those with large clusters have subclusters.
     fn push(&mut self, cluster_bits: u32, size: u64) {
         let shape = Shape {
             cluster_bits,
+            extended_l2: cluster_bits >= 14,
             ..PLAIN
         };
         let host = MemoryHost {
@@ -60,11 +62,11 @@ impl Chain {
         content
     }
 
-    /// Bytes that a layer gets itself when it is written: whole clusters, with
-    /// the content they had.
+    /// Bytes that a layer gets itself when it is written: whole clusters or
+    /// subclusters, with the content they had.
     fn take(&mut self, layer: usize, start: u64, len: u64) {
         let before = self.content(layer);
-        let bits = self.layers[layer].geometry().cluster_bits;
+        let bits = self.layers[layer].geometry().subcluster_bits();
         let from = ((start >> bits) << bits) as usize;
         let to = ((start + len).next_multiple_of(1 << bits) as usize).min(before.len());
         let own = &mut self.own[layer][from..to];
@@ -98,7 +100,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(l, a, n, b)| Step::Write(l, a, n, b)),
         2 => (layer.clone(), at.clone(), len.clone()).prop_map(|(l, a, n)| Step::Zero(l, a, n)),
         2 => (layer.clone(), at.clone(), len.clone()).prop_map(|(l, a, n)| Step::Discard(l, a, n)),
-        2 => (9..=12u32).prop_map(Step::Snapshot),
+        2 => prop_oneof![9..=12u32, Just(14)].prop_map(Step::Snapshot),
         1 => (layer.clone(), 1..SIZE / 512).prop_map(|(l, n)| Step::Resize(l, n * 512)),
         1 => layer.clone().prop_map(Step::Empty),
         1 => layer.clone().prop_map(Step::Remove),
@@ -135,7 +137,10 @@ proptest! {
                     let layer = layer % count;
                     let image = &chain.layers[layer];
                     let size = image.size();
-                    let bits = image.geometry().cluster_bits;
+                    let bits = match step {
+                        Step::Zero(..) => image.geometry().subcluster_bits(),
+                        _ => image.geometry().cluster_bits,
+                    };
                     let at = ((at % size) >> bits) << bits;
                     let end = (at + len).next_multiple_of(1 << bits).min(size);
                     let flags = ZeroFlags { may_unmap: len % 2 == 0, no_fallback: false };
@@ -204,13 +209,23 @@ proptest! {
 /// new clusters, gives them back, and gets them for other data.
 #[test]
 fn reads_go_on_while_a_layer_moves_its_clusters() {
-    const CLUSTER: u64 = 4096;
-    const CLUSTERS: u64 = 64;
-    let shape = Shape {
+    read_while_writing(Shape {
         cluster_bits: 12,
         ..PLAIN
-    };
-    let size = CLUSTER * CLUSTERS;
+    });
+}
+
+/// The same with subclusters, whose entries are two words.
+#[test]
+fn reads_go_on_while_subclusters_come_and_go() {
+    read_while_writing(EXTENDED);
+}
+
+fn read_while_writing(shape: Shape) {
+    const CLUSTERS: u64 = 64;
+    let unit = 1u64 << shape.part_bits();
+    let cluster_size = 1u64 << shape.cluster_bits;
+    let size = unit * CLUSTERS;
     let generation = Arc::new(AtomicU64::new(0));
     let layer = |below: Option<Arc<TestImage>>| {
         let host = MemoryHost {
@@ -226,8 +241,8 @@ fn reads_go_on_while_a_layer_moves_its_clusters() {
     let top = layer(Some(Arc::clone(&middle)));
     // Every cluster is filled with its own number, or reads as zeroes.
     let fill = |image: &TestImage, cluster: u64| {
-        let bytes = vec![cluster as u8 + 1; CLUSTER as usize];
-        write(image, cluster * CLUSTER, &bytes).unwrap();
+        let bytes = vec![cluster as u8 + 1; unit as usize];
+        write(image, cluster * unit, &bytes).unwrap();
     };
     for cluster in 0..CLUSTERS {
         fill(&base, cluster);
@@ -243,7 +258,7 @@ fn reads_go_on_while_a_layer_moves_its_clusters() {
                         .wrapping_mul(6364136223846793005)
                         .wrapping_add(1442695040888963407);
                     let cluster = (random >> 33) % CLUSTERS;
-                    let bytes = read(top, cluster * CLUSTER, CLUSTER as usize);
+                    let bytes = read(top, cluster * unit, unit as usize);
                     let own = cluster as u8 + 1;
                     let good = bytes.iter().all(|byte| *byte == own)
                         || bytes.iter().all(|byte| *byte == 0);
@@ -269,16 +284,17 @@ fn reads_go_on_while_a_layer_moves_its_clusters() {
                 &base
             };
             match random >> 24 & 3 {
-                0 => image
-                    .discard(GuestOffset(cluster * CLUSTER), CLUSTER)
-                    .unwrap(),
+                0 => {
+                    let at = GuestOffset(cluster * unit / cluster_size * cluster_size);
+                    image.discard(at, cluster_size).unwrap();
+                }
                 1 => {
                     let flags = ZeroFlags {
                         may_unmap: true,
                         no_fallback: false,
                     };
                     image
-                        .write_zeroes(GuestOffset(cluster * CLUSTER), CLUSTER, flags)
+                        .write_zeroes(GuestOffset(cluster * unit), unit, flags)
                         .unwrap();
                 }
                 _ => fill(image, cluster),

@@ -82,7 +82,7 @@ fn crash(shape: Shape, small: bool, ops: &[Op], cut: f64, mut luck: u64) {
                 model[at as usize..(at + len) as usize].fill(byte);
             }
             Op::Zeroes { sector, count } => {
-                let cluster = 1u64 << shape.cluster_bits;
+                let cluster = 1u64 << shape.part_bits();
                 let (at, len) = clip(sector, count);
                 let (at, end) = (at / cluster * cluster, (at + len).next_multiple_of(cluster));
                 touch(at, end - at);
@@ -191,12 +191,19 @@ proptest! {
         order in 0..=6u32,
         cluster_bits in 9..=11u32,
         lazy: bool,
+        extended: bool,
         small: bool,
         ops in prop::collection::vec(op(), 1..40),
         cut in 0.0..1.0f64,
         luck: u64,
     ) {
-        let shape = Shape { version: 3, cluster_bits, refcount_order: order, lazy_refcounts: lazy };
+        let shape = Shape {
+            version: 3,
+            cluster_bits: if extended { 14 } else { cluster_bits },
+            refcount_order: order,
+            lazy_refcounts: lazy,
+            extended_l2: extended,
+        };
         crash(shape, small, &ops, cut, luck);
     }
 }
@@ -209,6 +216,7 @@ fn a_discard_leaves_compressed_data_readable() {
         cluster_bits: 9,
         refcount_order: 4,
         lazy_refcounts: false,
+        extended_l2: false,
     };
     let ops = [
         Op::Compress { sector: 0 },
@@ -240,6 +248,7 @@ fn freed_clusters_are_not_shared_with_lazy_refcounts() {
         cluster_bits: 9,
         refcount_order: 0,
         lazy_refcounts: true,
+        extended_l2: false,
     };
     let ops = [
         Op::Write {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{MemoryBits, Shape, TestImage, WRITABLE, create, open, write};
+use common::{EXTENDED, MemoryBits, PLAIN, Shape, TestImage, WRITABLE, create, open, write};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use rust_qcow2::format::bitmaps::{MAX_BYTES, bytes_needed};
@@ -96,15 +96,22 @@ proptest! {
     fn no_panic_whatever_the_file_says(
         order in 0..=6u32,
         version in 2..=3u32,
+        extended: bool,
         damage in prop::collection::vec((0..2000usize, number(), any::<bool>()), 1..6),
         cut: Option<prop::sample::Index>,
         writable: bool,
     ) {
         let order = if version == 2 { 4 } else { order };
-        let shape = Shape { version, cluster_bits: 9, refcount_order: order, lazy_refcounts: false };
+        let shape = if extended {
+            Shape { refcount_order: order, ..EXTENDED }
+        } else {
+            Shape { version, refcount_order: order, ..PLAIN }
+        };
         let mut bytes = sample(shape);
         for (at, value, short) in damage {
-            let at = at * 8 % (bytes.len() - 8);
+            // Large clusters have what is of interest at their begin.
+            let at = if extended { ((at % 8) << 14) + at / 8 * 8 } else { at * 8 };
+            let at = at % (bytes.len() - 8);
             if short {
                 bytes[at..at + 4].copy_from_slice(&(value as u32).to_be_bytes());
             } else {

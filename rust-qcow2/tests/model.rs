@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Shape, create, open, read, write};
+use common::{EXTENDED, Shape, create, open, read, write};
 use proptest::prelude::*;
 use rust_qcow2::host::memory::MemoryFile;
 use rust_qcow2::host::{Preallocation, ZeroFlags};
@@ -60,14 +60,24 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
-    (2..=3u32, 9..=12u32, 0..=6u32, any::<bool>()).prop_map(
+    let standard = (2..=3u32, 9..=12u32, 0..=6u32, any::<bool>()).prop_map(
         |(version, cluster_bits, order, lazy)| Shape {
             version,
             cluster_bits,
             refcount_order: if version == 2 { 4 } else { order },
             lazy_refcounts: lazy && version == 3,
+            extended_l2: false,
         },
-    )
+    );
+    let extended = (14..=15u32, 0..=6u32, any::<bool>()).prop_map(
+        |(cluster_bits, refcount_order, lazy_refcounts)| Shape {
+            cluster_bits,
+            refcount_order,
+            lazy_refcounts,
+            ..EXTENDED
+        },
+    );
+    prop_oneof![2 => standard, 1 => extended]
 }
 
 fn small_caches(small: bool) -> OptionRequest {
@@ -116,7 +126,7 @@ proptest! {
                     let at = at.min(size - 512);
                     let len = len.min(size - at);
                     let flags = ZeroFlags { may_unmap: unmap, no_fallback: false };
-                    let cluster = 1u64 << shape.cluster_bits;
+                    let cluster = 1u64 << shape.part_bits();
                     // As the block layer does: unaligned parts within a cluster.
                     let mut from = at;
                     while from < at + len {
@@ -153,7 +163,9 @@ proptest! {
                         if new < size { Preallocation::Off } else { preallocation };
                     // Without the zero flag the preallocated area of a chain is
                     // not the backing file any more, as in QEMU: not modelled.
-                    if with_backing && (preallocation != Preallocation::Off) {
+                    // With subclusters it is.
+                    let hides = preallocation != Preallocation::Off && !shape.extended_l2;
+                    if with_backing && hides {
                         continue;
                     }
                     if zero && shape.version == 2 && with_backing {
@@ -204,5 +216,33 @@ proptest! {
         prop_assert_eq!((report.corruptions, report.leaks, report.check_errors), (0, 0, 0));
         let again = open(&file, backing.as_ref(), &options);
         prop_assert!(read(&again, 0, size as usize) == model);
+    }
+}
+
+/// The last entries of slices and tables are kept like the first ones.
+#[test]
+fn all_of_an_extended_table_is_written() {
+    let cluster = 1u64 << EXTENDED.cluster_bits;
+    for small in [false, true] {
+        let size = 2100 * cluster;
+        let file = create(EXTENDED, size);
+        let options = small_caches(small);
+        let image = open(&file, None, &options);
+        for number in (0..2100).step_by(7) {
+            write(&image, number * cluster + 700, &[number as u8 | 1; 100]).unwrap();
+        }
+        image.inactivate().unwrap();
+        let again = open(&file, None, &options);
+        for number in (0..2100).step_by(7) {
+            let at = number * cluster + 700;
+            assert_eq!(read(&again, at, 100), [number as u8 | 1; 100]);
+        }
+        let report = again
+            .check(Fix::default(), &mut |line| println!("{line}"))
+            .unwrap();
+        assert_eq!(
+            (report.corruptions, report.leaks, report.check_errors),
+            (0, 0, 0)
+        );
     }
 }

@@ -146,7 +146,7 @@ impl<'a> Plan<'a> {
         let bits = args
             .cluster_size
             .iter()
-            .map(|size| Ok(cluster_bits(*size)?));
+            .map(|size| Ok(cluster_bits(*size, false)?));
         let bits: Vec<u32> = bits.collect::<Result<_>>().context("--cluster-size")?;
         for (share, name) in [
             (args.compressed, "--compressed"),

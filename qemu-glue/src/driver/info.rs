@@ -20,13 +20,13 @@ pub(super) unsafe extern "C" fn refresh_limits(bs: *mut sys::BlockDriverState, _
         // SAFETY: a callback of the driver for `bs`, which owns the limits.
         unsafe {
             if let Some(node) = Node::of(bs) {
+                let geometry = node.image().geometry();
                 if node.image().encryption().is_some() {
                     // What is encrypted as a unit.
                     (*bs).bl.request_alignment = sys::BDRV_SECTOR_SIZE;
                 }
-                let cluster_size = node.image().geometry().cluster_size() as u32;
-                (*bs).bl.pwrite_zeroes_alignment = cluster_size;
-                (*bs).bl.pdiscard_alignment = cluster_size;
+                (*bs).bl.pwrite_zeroes_alignment = 1 << geometry.subcluster_bits();
+                (*bs).bl.pdiscard_alignment = geometry.cluster_size() as u32;
             }
         }
     });
@@ -60,7 +60,7 @@ pub(super) unsafe extern "C" fn get_info(
         request(bs, Access::Read, |image| {
             let known = image.info();
             (*info).cluster_size = known.cluster_size as c_int;
-            (*info).subcluster_size = known.cluster_size as c_int;
+            (*info).subcluster_size = known.subcluster_size as c_int;
             (*info).vm_state_offset = known.vm_state_offset as i64;
             (*info).is_dirty = known.dirty;
             Ok(())

@@ -162,7 +162,7 @@ pub(super) unsafe extern "C" fn block_status(
     let clear = node.image().encryption().is_none();
     let data_node = node.image().host().data_node();
     let (flags, host) = match status.kind {
-        StatusKind::Unallocated => (0, None),
+        StatusKind::Unallocated { host } => (0, host),
         StatusKind::Zero { host } => (sys::BDRV_BLOCK_ZERO, host),
         StatusKind::Data(host) => (sys::BDRV_BLOCK_DATA, Some(host)),
         StatusKind::Compressed => (sys::BDRV_BLOCK_DATA | sys::BDRV_BLOCK_COMPRESSED, None),

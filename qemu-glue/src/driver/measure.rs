@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_int};
 use std::ptr;
 
+use rust_qcow2::format::geometry::{EXTENDED_L2_ENTRY_BITS, L2_ENTRY_BITS};
 use rust_qcow2::host::Preallocation;
 use rust_qcow2::image::create::{self, DEFAULT_CLUSTER_SIZE, DEFAULT_REFCOUNT_BITS};
 use rust_qcow2::image::measure::Layout;
@@ -74,14 +75,11 @@ struct Sizes {
 unsafe fn sizes(opts: *mut sys::QemuOpts, source: *mut sys::BlockDriverState) -> Result<Sizes> {
     // SAFETY: promised by the caller.
     unsafe {
-        if sys::qemu_opt_get_bool_del(opts, c"extended_l2".as_ptr(), false) {
-            return Err(Error::unsupported(
-                "rqcow2 does not support extended L2 entries yet",
-            ));
-        }
+        let extended_l2 = sys::qemu_opt_get_bool_del(opts, c"extended_l2".as_ptr(), false);
         let number =
             |name: &CStr, default| sys::qemu_opt_get_size_del(opts, name.as_ptr(), default);
-        let cluster_bits = create::cluster_bits(number(c"cluster_size", DEFAULT_CLUSTER_SIZE))?;
+        let cluster_size = number(c"cluster_size", DEFAULT_CLUSTER_SIZE);
+        let cluster_bits = create::cluster_bits(cluster_size, extended_l2)?;
         let version = match take_text(opts, c"compat").as_deref() {
             None | Some("1.1") => 3,
             Some("0.10") => 2,
@@ -96,7 +94,11 @@ unsafe fn sizes(opts: *mut sys::QemuOpts, source: *mut sys::BlockDriverState) ->
         let refcount_order = create::refcount_order(bits, version, "compat=1.1")?;
         let layout = Layout {
             cluster_bits,
-            l2_entry_bits: 3,
+            l2_entry_bits: if extended_l2 {
+                EXTENDED_L2_ENTRY_BITS
+            } else {
+                L2_ENTRY_BITS
+            },
             refcount_order,
         };
         let mode = take_preallocation(opts)?;

@@ -7,86 +7,16 @@
 //! which was evicted meanwhile sees it as it was at its lookup, which is as if
 //! the lookup had happened before the eviction.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
 use super::pool::{Member, Pool};
-use crate::format::entry::L2Entry;
+pub use super::slice::L2Slice;
+use crate::format::subclusters::ClusterEntry;
 use crate::units::HostOffset;
-
-/// A part of an L2 table, in memory.
-pub struct L2Slice {
-    offset: HostOffset,
-    entries: Box<[AtomicU64]>,
-    dirty: AtomicBool,
-    /// Looked up since the hand of the clock passed.
-    used: AtomicBool,
-    /// Looked up since the last cleaning.
-    recent: AtomicBool,
-}
-
-impl L2Slice {
-    /// A slice from its bytes in the file at `offset`.
-    #[must_use]
-    pub fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
-        let entries = bytes
-            .chunks_exact(8)
-            .map(|word| {
-                let mut be = [0; 8];
-                be.copy_from_slice(word);
-                AtomicU64::new(u64::from_be_bytes(be))
-            })
-            .collect();
-        Self {
-            offset,
-            entries,
-            dirty: AtomicBool::new(false),
-            used: AtomicBool::new(false),
-            recent: AtomicBool::new(true),
-        }
-    }
-
-    /// Where the slice is in the file.
-    #[must_use]
-    pub fn offset(&self) -> HostOffset {
-        self.offset
-    }
-
-    /// Number of entries.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether the slice has no entries (never the case in practice).
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    /// Entry number `index` of the slice.
-    #[inline]
-    #[must_use]
-    pub fn get(&self, index: usize) -> L2Entry {
-        L2Entry(self.entries[index].load(Ordering::Acquire))
-    }
-
-    /// Whether the file does not have the slice as it is here.
-    #[must_use]
-    pub fn is_dirty(&self) -> bool {
-        self.dirty.load(Ordering::Relaxed)
-    }
-
-    /// The slice as it is in the file. `out` has the length of the slice.
-    pub fn to_bytes(&self, out: &mut [u8]) {
-        for (word, entry) in out.chunks_exact_mut(8).zip(&self.entries) {
-            word.copy_from_slice(&entry.load(Ordering::Relaxed).to_be_bytes());
-        }
-    }
-}
 
 /// Parts of the map that is looked up, so that requests in several threads
 /// seldom meet in one.
@@ -264,8 +194,8 @@ impl L2Cache {
     }
 
     /// Changes an entry and notes that the slice has to be written.
-    pub fn set(&self, slice: &Arc<L2Slice>, index: usize, entry: L2Entry) {
-        slice.entries[index].store(entry.0, Ordering::Release);
+    pub fn set(&self, slice: &Arc<L2Slice>, index: usize, entry: ClusterEntry) {
+        slice.set(index, entry);
         self.mark_dirty(slice);
     }
 
@@ -410,9 +340,10 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::entry::L2Entry;
 
     fn slice(offset: u64) -> L2Slice {
-        L2Slice::from_bytes(HostOffset(offset), &[0; 4096])
+        L2Slice::from_bytes(HostOffset(offset), &[0; 4096], false)
     }
 
     #[test]
@@ -432,7 +363,7 @@ mod tests {
         let cache = L2Cache::new(2, 4096, Pool::new(1 << 20));
         for i in 0..2 {
             let slice = cache.insert(slice(i * 4096));
-            cache.set(&slice, 3, L2Entry::ZERO_PLAIN);
+            cache.set(&slice, 3, ClusterEntry::standard(L2Entry::ZERO_PLAIN));
         }
         assert_eq!(cache.dirty().len(), 2);
         let Room::Dirty(victim) = cache.make_room() else {

@@ -10,10 +10,11 @@ use super::entry::{Entry, Resolved};
 use super::index::{Index, SLICE_ENTRIES, Slice};
 use super::view::View;
 use crate::error::Result;
-use crate::format::entry::{L2Entry, Mapping};
+use crate::format::entry::Mapping;
+use crate::format::subclusters::{ClusterEntry, SUBCLUSTERS};
 use crate::host::{Host, Task, WaitQueue};
 use crate::image::{Image, TablePiece};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::GuestOffset;
 
 /// Slices that are filled in one go where the neighbourhood is in use: what
 /// the L2 table of one 64 KiB cluster covers.
@@ -138,7 +139,7 @@ impl<H: Host> View<H> {
         index: &Index<H>,
         top: &Image<H>,
         pieces: &[(usize, TablePiece)],
-    ) -> Result<Vec<Vec<L2Entry>>> {
+    ) -> Result<Vec<Vec<ClusterEntry>>> {
         let reads = pieces.len() as u64;
         index
             .counters
@@ -264,44 +265,60 @@ impl Work {
         image: &Image<H>,
         layer: usize,
         piece: &TablePiece,
-        table: &[L2Entry],
+        table: &[ClusterEntry],
     ) {
-        let cluster_bits = image.geometry().cluster_bits;
-        let steps = 1u64 << (cluster_bits - self.bits);
+        let geometry = image.geometry();
+        let cluster_bits = geometry.cluster_bits;
         for (entry, number) in table.iter().zip(0u64..) {
             // By far the most in the tables of a long chain.
-            if *entry == L2Entry::UNALLOCATED {
+            if *entry == ClusterEntry::UNALLOCATED {
                 continue;
             }
             let cluster = piece.guest.0 + (number << cluster_bits);
-            let mapping = if image.is_bad_entry(*entry, GuestOffset(cluster)) {
-                None
+            let mapping = geometry.mapping(entry.entry);
+            if image.is_bad_entry(*entry, GuestOffset(cluster)) {
+                self.apply_part(layer, cluster, geometry.cluster_size(), None);
+            } else if geometry.has_subclusters() {
+                let bits = geometry.subcluster_bits();
+                let mut index = 0;
+                while index < SUBCLUSTERS {
+                    let within = u64::from(index) << bits;
+                    let (part, count) = entry.part(mapping, index, within);
+                    let len = u64::from(count) << bits;
+                    self.apply_part(layer, cluster + within, len, Some(part.mapping));
+                    index += count;
+                }
             } else {
-                match image.geometry().mapping(*entry) {
-                    Mapping::Unallocated => continue,
-                    Mapping::Compressed => None,
-                    other => Some(other),
-                }
-            };
-            for step in 0..steps {
-                let Some(offset) = (cluster + (step << self.bits)).checked_sub(self.start) else {
-                    continue;
-                };
-                let at = (offset >> self.bits) as usize;
-                if at >= self.entries.len() {
-                    break;
-                }
-                self.decide(
-                    at,
-                    match mapping {
-                        Some(Mapping::Normal(host)) => {
-                            Resolved::Data(layer, HostOffset(host.0 + (step << self.bits)))
-                        }
-                        Some(_) => Resolved::Zero(layer),
-                        None => Resolved::Ask(layer),
-                    },
-                );
+                self.apply_part(layer, cluster, geometry.cluster_size(), Some(mapping));
             }
+        }
+    }
+
+    /// Takes what a layer says of a cluster or a part of one; `None` is
+    /// something that it has to be asked for.
+    fn apply_part(&mut self, layer: usize, guest: u64, len: u64, mapping: Option<Mapping>) {
+        if mapping == Some(Mapping::Unallocated) {
+            return;
+        }
+        let steps = len >> self.bits;
+        for step in 0..steps {
+            let Some(offset) = (guest + (step << self.bits)).checked_sub(self.start) else {
+                continue;
+            };
+            let at = (offset >> self.bits) as usize;
+            if at >= self.entries.len() {
+                break;
+            }
+            self.decide(
+                at,
+                match mapping {
+                    Some(Mapping::Normal(host)) => {
+                        Resolved::Data(layer, host.add(step << self.bits))
+                    }
+                    None | Some(Mapping::Compressed) => Resolved::Ask(layer),
+                    Some(_) => Resolved::Zero(layer),
+                },
+            );
         }
     }
 

@@ -217,7 +217,9 @@ impl<H: Host> Image<H> {
         if layers.len() >= MAX_LAYERS {
             return None;
         }
-        let bits = layers.iter().map(|layer| layer.geometry().cluster_bits);
+        let bits = layers
+            .iter()
+            .map(|layer| layer.geometry().subcluster_bits());
         let bits = bits.min()?;
         let before = last.links().view.load_full();
         if let Some(index) = &before.index {

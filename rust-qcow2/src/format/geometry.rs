@@ -3,13 +3,21 @@
 use super::entry::{L2Entry, Mapping};
 use super::header::{Header, Incompatible};
 use super::refcount::RefcountOrder;
+use super::subclusters::{SUBCLUSTER_COUNT_BITS, SUBCLUSTERS};
 use crate::error::{Error, Result};
 use crate::units::{ClusterIndex, GuestOffset, HostOffset, div_up};
 
 /// Logarithm of the smallest cluster size, 512 bytes.
 pub const MIN_CLUSTER_BITS: u32 = 9;
+/// Logarithm of the size of a standard L2 entry.
+pub const L2_ENTRY_BITS: u32 = 3;
+/// Logarithm of the size of an extended L2 entry.
+pub const EXTENDED_L2_ENTRY_BITS: u32 = 4;
 /// Logarithm of the largest cluster size, 2 MiB.
 pub const MAX_CLUSTER_BITS: u32 = 21;
+/// Logarithm of the smallest cluster size with extended L2 entries, 16 KiB:
+/// no subcluster is smaller than the smallest cluster.
+pub const MIN_EXTENDED_L2_CLUSTER_BITS: u32 = MIN_CLUSTER_BITS + SUBCLUSTER_COUNT_BITS;
 /// The largest L1 table in bytes that is read.
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// The largest refcount table in bytes that is read.
@@ -45,9 +53,9 @@ impl Geometry {
     #[must_use]
     pub fn of(header: &Header) -> Self {
         let l2_entry_bits = if header.incompatible.contains(Incompatible::EXTENDED_L2) {
-            4
+            EXTENDED_L2_ENTRY_BITS
         } else {
-            3
+            L2_ENTRY_BITS
         };
         Self {
             external_data: header.incompatible.contains(Incompatible::DATA_FILE),
@@ -97,6 +105,32 @@ impl Geometry {
     #[must_use]
     pub const fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// Whether L2 entries are extended ones.
+    #[inline]
+    #[must_use]
+    pub const fn has_subclusters(&self) -> bool {
+        self.l2_entry_bits != L2_ENTRY_BITS
+    }
+
+    /// Logarithm of the smallest part of a cluster that has a mapping of its
+    /// own; without subclusters that is all of it.
+    #[inline]
+    #[must_use]
+    pub const fn subcluster_bits(&self) -> u32 {
+        if self.has_subclusters() {
+            self.cluster_bits - SUBCLUSTER_COUNT_BITS
+        } else {
+            self.cluster_bits
+        }
+    }
+
+    /// The subcluster of its cluster that a guest offset is in.
+    #[inline]
+    #[must_use]
+    pub const fn subcluster_index(&self, guest: GuestOffset) -> u32 {
+        (guest.0 >> self.subcluster_bits()) as u32 & (SUBCLUSTERS - 1)
     }
 
     /// Entries of an L2 table.

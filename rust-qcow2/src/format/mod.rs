@@ -11,6 +11,7 @@
 //! - [`bitmaps`]: persistent dirty bitmaps
 //! - [`refcount`]: refcount blocks of all widths
 //! - [`snapshots`]: the snapshot table
+//! - [`subclusters`]: extended L2 entries
 
 pub mod bitmaps;
 mod compression;
@@ -20,3 +21,4 @@ pub mod geometry;
 pub mod header;
 pub mod refcount;
 pub mod snapshots;
+pub mod subclusters;

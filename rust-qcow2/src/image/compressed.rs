@@ -11,6 +11,7 @@ use super::write::Allocation;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{CompressedExtent, L2Entry, MetadataKind};
+use crate::format::subclusters::ClusterEntry;
 use crate::host::{Buf, Event, File, GuestBuf, Host, Preallocation, Task, WaitQueue};
 use crate::units::{GuestOffset, HostOffset, round_up};
 
@@ -113,7 +114,7 @@ impl<H: Host> Image<H> {
         let at = self.entry_for_change(&mut st, guest)?;
         let entry = at.slice.get(at.index);
         self.ensure_good_entry(&mut st, guest, entry)?;
-        if entry.copied() {
+        if entry.entry.copied() {
             return Err(Error::errno(libc::EIO));
         }
         let host = self.allocate_bytes(&mut st, len)?;
@@ -145,9 +146,10 @@ impl<H: Host> Image<H> {
         let at = self.entry_for_change(st, guest)?;
         let old = at.slice.get(at.index);
         let entry = L2Entry::packed(allocation.host, len, self.geometry.cluster_bits);
-        self.l2.set(&at.slice, at.index, entry);
+        self.l2
+            .set(&at.slice, at.index, ClusterEntry::standard(entry));
         self.links().changed(guest.0, self.geometry.cluster_size());
-        self.free_entry(st, old, Reason::Never);
+        self.free_entry(st, old.entry, Reason::Never);
         Ok(())
     }
 

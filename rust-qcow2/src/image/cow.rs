@@ -20,9 +20,11 @@ impl<H: Host> Image<H> {
         buf: GuestBuf<'_, H>,
         at: usize,
     ) -> Result<bool> {
-        let head = piece.guest.0 - allocation.start.0;
+        let (start, end) = (allocation.written_start, allocation.written_end);
+        let host = allocation.host_of(start);
+        let head = piece.guest.0 - start.0;
         let tail_at = piece.guest.add(piece.len);
-        let tail = allocation.end.0 - tail_at.0;
+        let tail = end.0 - tail_at.0;
         let len = piece.len as usize;
         if head == 0 && tail == 0 {
             self.write_data_guest(piece.guest, piece.host, buf, at, len)?;
@@ -31,7 +33,7 @@ impl<H: Host> Image<H> {
         let file = self.data_file()?;
         if file.zeroes_fast()
             && self.encryption.is_none()
-            && self.is_zero(allocation.start, head, false)?
+            && self.is_zero(start, head, false)?
             && self.is_zero(tail_at, tail, false)?
         {
             self.host.event(Event::ClusterAllocSpace);
@@ -39,7 +41,7 @@ impl<H: Host> Image<H> {
                 may_unmap: false,
                 no_fallback: true,
             };
-            match file.write_zeroes(allocation.host.0, head + piece.len + tail, flags) {
+            match file.write_zeroes(host.0, head + piece.len + tail, flags) {
                 Ok(()) => {
                     self.write_data_guest(piece.guest, piece.host, buf, at, len)?;
                     return Ok(true);
@@ -53,25 +55,25 @@ impl<H: Host> Image<H> {
         let (head_len, tail_len) = (head as usize, tail as usize);
         if head > 0 && tail > 0 && piece.len <= MERGE_READ_MAX {
             let mut whole = self.host.aligned(head_len + len + tail_len)?;
-            self.read_bytes(allocation.start, &mut whole)?;
+            self.read_bytes(start, &mut whole)?;
             let parts = [
                 Part::Bytes(&whole[..head_len]),
                 guest_part,
                 Part::Bytes(&whole[head_len + len..]),
             ];
             self.host.event(Event::CowWrite);
-            self.write_data_parts(allocation.start, allocation.host, &parts)?;
+            self.write_data_parts(start, host, &parts)?;
         } else {
             let mut ends = self.host.aligned(head_len + tail_len)?;
             let (head_bytes, tail_bytes) = ends.split_at_mut(head_len);
-            self.read_bytes(allocation.start, head_bytes)?;
+            self.read_bytes(start, head_bytes)?;
             self.read_bytes(tail_at, tail_bytes)?;
             let parts = [Part::Bytes(head_bytes), guest_part, Part::Bytes(tail_bytes)];
             // One of the ends may be empty, and no part of a write may be.
             let first = usize::from(head_len == 0);
-            let end = parts.len() - usize::from(tail_len == 0);
+            let behind = parts.len() - usize::from(tail_len == 0);
             self.host.event(Event::CowWrite);
-            self.write_data_parts(allocation.start, allocation.host, &parts[first..end])?;
+            self.write_data_parts(start, host, &parts[first..behind])?;
         }
         Ok(true)
     }
@@ -113,9 +115,10 @@ impl<H: Host> Image<H> {
         to: GuestOffset,
     ) -> Result<bool> {
         let mut copied = false;
-        for (start, end) in [(allocation.start, from), (to, allocation.end)] {
+        let (start, end) = (allocation.written_start, allocation.written_end);
+        for (start, end) in [(start, from), (to, end)] {
             if start < end {
-                let at = allocation.host.add(start.0 - allocation.start.0);
+                let at = allocation.host_of(start);
                 self.copy_to(st, start, end.0 - start.0, at)?;
                 copied = true;
             }

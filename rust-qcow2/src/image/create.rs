@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
-use crate::format::geometry::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
+use crate::format::geometry::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS};
 use crate::format::header::{
     Autoclear, Compatible, CompressionType, Header, Incompatible, V2_LENGTH, V3_LENGTH,
 };
@@ -62,13 +62,15 @@ pub struct CreateParams {
     pub data_file: bool,
     /// That file is a raw image of the disk.
     pub data_file_raw: bool,
+    /// L2 entries know subclusters.
+    pub extended_l2: bool,
 }
 
-/// The logarithm of a cluster size.
+/// The logarithm of a cluster size, for extended L2 entries or standard ones.
 ///
 /// # Errors
 /// Where it is no power of two or out of range.
-pub fn cluster_bits(cluster_size: u64) -> Result<u32> {
+pub fn cluster_bits(cluster_size: u64, extended_l2: bool) -> Result<u32> {
     let range = 1 << MIN_CLUSTER_BITS..=1 << MAX_CLUSTER_BITS;
     if !cluster_size.is_power_of_two() || !range.contains(&cluster_size) {
         return Err(Error::invalid(format!(
@@ -77,7 +79,14 @@ pub fn cluster_bits(cluster_size: u64) -> Result<u32> {
             range.end() >> 10
         )));
     }
-    Ok(cluster_size.ilog2())
+    let bits = cluster_size.ilog2();
+    if extended_l2 && bits < MIN_EXTENDED_L2_CLUSTER_BITS {
+        return Err(Error::invalid(format!(
+            "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+            1 << MIN_EXTENDED_L2_CLUSTER_BITS
+        )));
+    }
+    Ok(bits)
 }
 
 /// The width of the refcounts for a number of bits. `remedy` is what the user
@@ -121,13 +130,9 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
     if request.extended_l2 && version < 3 {
         return Err(needs_v3("Extended L2 entries are"));
     }
-    let cluster_bits = cluster_bits(request.cluster_size.unwrap_or(DEFAULT_CLUSTER_SIZE))?;
-    if request.extended_l2 {
-        return Err(Error::unsupported(
-            "rqcow2 does not support extended L2 entries yet",
-        ));
-    }
-    if request.backing_file && request.preallocation != Preallocation::Off {
+    let cluster_size = request.cluster_size.unwrap_or(DEFAULT_CLUSTER_SIZE);
+    let cluster_bits = cluster_bits(cluster_size, request.extended_l2)?;
+    if request.backing_file && request.preallocation != Preallocation::Off && !request.extended_l2 {
         return Err(Error::invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         ));
@@ -164,6 +169,7 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
         compression: request.compression,
         data_file: request.data_file,
         data_file_raw: request.data_file_raw,
+        extended_l2: request.extended_l2,
     })
 }
 
@@ -184,6 +190,7 @@ pub fn format<F: File>(file: &F, params: &CreateParams, data_file: Option<&str>)
     incompatible.set(Incompatible::DATA_FILE, params.data_file);
     let mut autoclear = Autoclear::empty();
     autoclear.set(Autoclear::RAW_DATA_FILE, params.data_file_raw);
+    incompatible.set(Incompatible::EXTENDED_L2, params.extended_l2);
     let mut compatible = Compatible::empty();
     compatible.set(Compatible::LAZY_REFCOUNTS, params.lazy_refcounts);
     let mut header = Header {
@@ -256,14 +263,19 @@ mod tests {
     #[test]
     fn every_cluster_size_and_width() {
         for bits in MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS {
-            assert_eq!(cluster_bits(1 << bits).unwrap(), bits);
+            assert_eq!(cluster_bits(1 << bits, false).unwrap(), bits);
         }
         for size in [0, 256, 513, 4 << 20, u64::MAX] {
             assert_eq!(
-                cluster_bits(size).unwrap_err().to_string(),
+                cluster_bits(size, false).unwrap_err().to_string(),
                 "Cluster size must be a power of two between 512 and 2048k"
             );
         }
+        assert_eq!(cluster_bits(16384, true).unwrap(), 14);
+        assert_eq!(
+            cluster_bits(8192, true).unwrap_err().to_string(),
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+        );
         for order in 0..=6 {
             assert_eq!(refcount_order(1 << order, 3, "").unwrap().order(), order);
         }

@@ -8,6 +8,7 @@ use crate::cache::l2::{L2Slice, Room};
 use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind};
 use crate::format::geometry::Geometry;
+use crate::format::subclusters::ClusterEntry;
 use crate::host::{Event, File, Host};
 use crate::units::{GuestOffset, Hex, HostOffset};
 
@@ -21,8 +22,11 @@ pub(crate) struct Run {
     pub(super) copied: bool,
     /// Bytes from the guest offset on, at least 1 and at most as asked.
     pub(crate) len: u64,
-    /// The first L2 entry.
+    /// The first L2 entry, of an extended one the first half.
     pub(crate) entry: L2Entry,
+    /// The place kept for the bytes, if they are not allocated but others of
+    /// their cluster are.
+    pub(super) reserved: Option<HostOffset>,
 }
 
 /// Where an L2 entry is: slice, and the entry in it.
@@ -32,20 +36,33 @@ pub(super) struct SliceAt {
 }
 
 /// Why a lookup could not be answered at once.
-enum Miss {
+pub(super) enum Miss {
     /// The slice is not in memory.
     Load(HostOffset),
     /// An entry has to be reported as corrupt.
     Bad,
+    /// An entry is being changed.
+    Changing,
+}
+
+/// What an L2 entry is looked up for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Read,
+    Write,
 }
 
 /// Whether an entry breaks a rule of the format that makes it unusable.
 /// The entry is that of the guest cluster at `cluster`.
-pub(super) fn is_bad(geometry: &Geometry, entry: L2Entry, cluster: GuestOffset) -> bool {
+pub(super) fn is_bad(geometry: &Geometry, entry: ClusterEntry, cluster: GuestOffset) -> bool {
     let misplaced = |at: HostOffset| {
         !at.is_aligned(geometry.cluster_bits) || (geometry.external_data && at.0 != cluster.0)
     };
-    match geometry.mapping(entry) {
+    let mapping = geometry.mapping(entry.entry);
+    if geometry.has_subclusters() && entry.contradicts_itself(mapping) {
+        return true;
+    }
+    match mapping {
         Mapping::Normal(at) => misplaced(at),
         Mapping::ZeroAllocated(at) => geometry.version < 3 || misplaced(at),
         Mapping::ZeroPlain => geometry.version < 3,
@@ -59,7 +76,7 @@ impl<H: Host> Image<H> {
     /// ends where the kind of cluster changes, where host clusters are not
     /// contiguous, and at the end of a slice.
     pub(crate) fn lookup(&self, guest: GuestOffset, len: u64) -> Result<Run> {
-        match self.lookup_cached(guest, len) {
+        match self.lookup_cached(guest, len, false) {
             Ok(run) => Ok(run),
             Err(_) => self.lookup_locked(&mut self.lock(), guest, len),
         }
@@ -79,7 +96,7 @@ impl<H: Host> Image<H> {
     /// [`Image::lookup`] without lock and I/O, `None` where it needs them.
     #[inline]
     pub(super) fn lookup_fast(&self, guest: GuestOffset, len: u64) -> Option<Run> {
-        self.lookup_cached(guest, len).ok()
+        self.lookup_cached(guest, len, false).ok()
     }
 
     /// [`Image::lookup`] with the metadata lock held.
@@ -90,18 +107,20 @@ impl<H: Host> Image<H> {
         len: u64,
     ) -> Result<Run> {
         loop {
-            match self.lookup_cached(guest, len) {
+            match self.lookup_cached(guest, len, true) {
                 Ok(run) => return Ok(run),
                 Err(Miss::Load(offset)) => {
                     self.load_slice(st, guest, offset)?;
                 }
-                Err(Miss::Bad) => return Err(self.report_bad_entry(st, guest)),
+                Err(Miss::Bad) => return Err(self.report_bad_entry(st, guest, Purpose::Read)),
+                // Nobody changes entries but the holder of the lock.
+                Err(Miss::Changing) => return Err(Error::errno(libc::EIO)),
             }
         }
     }
 
     #[inline]
-    fn lookup_cached(&self, guest: GuestOffset, len: u64) -> Result<Run, Miss> {
+    fn lookup_cached(&self, guest: GuestOffset, len: u64, locked: bool) -> Result<Run, Miss> {
         let geometry = &self.geometry;
         let Some(table) = self.l1.get(geometry.l1_index(guest)).table() else {
             let rest = (1 << geometry.l2_span_bits()) - guest.within(geometry.l2_span_bits());
@@ -110,10 +129,14 @@ impl<H: Host> Image<H> {
                 copied: false,
                 len: len.min(rest),
                 entry: L2Entry::UNALLOCATED,
+                reserved: None,
             });
         };
         let (offset, index) = self.slice_position(table, guest);
         let slice = self.l2.get(offset).ok_or(Miss::Load(offset))?;
+        if geometry.has_subclusters() {
+            return self.parts_in_slice(&slice, index, guest, len, locked);
+        }
         self.run_in_slice(&slice, index, guest, len)
             .ok_or(Miss::Bad)
     }
@@ -142,8 +165,9 @@ impl<H: Host> Image<H> {
         let geometry = &self.geometry;
         let size = geometry.cluster_size();
         let within = guest.within(geometry.cluster_bits);
-        let entry = slice.get(index);
-        if is_bad(geometry, entry, guest.align_down(geometry.cluster_bits)) {
+        let entry = slice.get_standard(index);
+        let cluster = guest.align_down(geometry.cluster_bits);
+        if is_bad(geometry, ClusterEntry::standard(entry), cluster) {
             return None;
         }
         let first = geometry.mapping(entry);
@@ -156,7 +180,7 @@ impl<H: Host> Image<H> {
         let mut next = index + 1;
         if first != Mapping::Compressed {
             while covered < len && next < slice.len() {
-                let other = slice.get(next);
+                let other = slice.get_standard(next);
                 let expected = match first {
                     Mapping::Normal(at) => Mapping::Normal(at.add((next - index) as u64 * size)),
                     Mapping::ZeroAllocated(at) => {
@@ -176,6 +200,7 @@ impl<H: Host> Image<H> {
             copied: entry.copied(),
             len: covered.min(len),
             entry,
+            reserved: None,
         })
     }
 
@@ -207,7 +232,10 @@ impl<H: Host> Image<H> {
         let mut bytes = self.host.aligned(slice_size)?;
         self.host.event(Event::L2Load);
         self.host.file().read(offset.0, &mut bytes)?;
-        Ok(self.l2.insert(L2Slice::from_bytes(offset, &bytes)))
+        let extended = self.geometry.has_subclusters();
+        Ok(self
+            .l2
+            .insert(L2Slice::from_bytes(offset, &bytes, extended)))
     }
 
     /// The entry for `guest` for reading, `None` where there is no L2 table.
@@ -334,7 +362,12 @@ impl<H: Host> Image<H> {
     }
 
     /// Reports the entry for `guest`, which is known to be bad.
-    fn report_bad_entry(&self, st: &mut StateGuard<'_, H>, guest: GuestOffset) -> Error {
+    fn report_bad_entry(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        purpose: Purpose,
+    ) -> Error {
         let at = match self.entry_at(st, guest) {
             Ok(Some(at)) => at,
             Ok(None) => return Error::errno(libc::EIO),
@@ -348,12 +381,24 @@ impl<H: Host> Image<H> {
         let index = Hex(self.geometry.l2_index(guest));
         let entry = at.slice.get(at.index);
         let cluster = guest.align_down(self.geometry.cluster_bits);
-        let message = match self.geometry.mapping(entry) {
+        let mapping = self.geometry.mapping(entry.entry);
+        let contradicts = self.geometry.has_subclusters() && entry.contradicts_itself(mapping);
+        let message = match mapping {
             Mapping::Compressed if self.has_data_file() => format!(
                 "Compressed cluster entry found in image with external data file (L2 offset: \
                  {:#x}, L2 index: {index})",
                 table.0
             ),
+            Mapping::Normal(at)
+                if !at.is_aligned(self.geometry.cluster_bits)
+                    && (purpose == Purpose::Read || !contradicts) =>
+            {
+                format!(
+                    "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
+                     {index})",
+                    at.0, table.0
+                )
+            }
             Mapping::Normal(at) | Mapping::ZeroAllocated(at)
                 if self.has_data_file()
                     && at.is_aligned(self.geometry.cluster_bits)
@@ -363,6 +408,17 @@ impl<H: Host> Image<H> {
                     "External data file host cluster offset {:#x} does not match guest cluster \
                      offset: {:#x}, L2 index: {index})",
                     at.0, cluster.0
+                )
+            }
+            _ if contradicts => {
+                // The sentences differ in a blank.
+                let found = match purpose {
+                    Purpose::Read => "found ",
+                    Purpose::Write => "found",
+                };
+                format!(
+                    "Invalid cluster entry {found} (L2 offset: {:#x}, L2 index: {index})",
+                    table.0
                 )
             }
             Mapping::ZeroPlain | Mapping::ZeroAllocated(_) if self.geometry.version < 3 => {
@@ -377,11 +433,6 @@ impl<H: Host> Image<H> {
                  {index})",
                 at.0, table.0
             ),
-            Mapping::Normal(at) => format!(
-                "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
-                 {index})",
-                at.0, table.0
-            ),
             // Mended meanwhile.
             _ => return Error::errno(libc::EIO),
         };
@@ -393,14 +444,11 @@ impl<H: Host> Image<H> {
         &self,
         st: &mut StateGuard<'_, H>,
         guest: GuestOffset,
-        entry: L2Entry,
+        entry: ClusterEntry,
     ) -> Result<()> {
-        if is_bad(
-            &self.geometry,
-            entry,
-            guest.align_down(self.geometry.cluster_bits),
-        ) {
-            Err(self.report_bad_entry(st, guest))
+        let cluster = guest.align_down(self.geometry.cluster_bits);
+        if is_bad(&self.geometry, entry, cluster) {
+            Err(self.report_bad_entry(st, guest, Purpose::Write))
         } else {
             Ok(())
         }

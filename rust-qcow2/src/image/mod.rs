@@ -40,6 +40,7 @@ mod resize;
 mod shrink;
 pub mod snapshots;
 mod status;
+mod subclusters;
 mod write;
 mod writeback;
 mod zero;
@@ -142,6 +143,8 @@ pub struct ImageInfo {
     pub version: u32,
     /// Bytes of a cluster.
     pub cluster_size: u64,
+    /// Bytes of the smallest part of a cluster that is allocated by itself.
+    pub subcluster_size: u64,
     /// Width of the refcounts in bits.
     pub refcount_bits: u32,
     /// The lazy refcounts bit of the header.
@@ -178,6 +181,7 @@ impl<H: Host> Image<H> {
             size: header.size,
             version: header.version,
             cluster_size: self.geometry.cluster_size(),
+            subcluster_size: 1 << self.geometry.subcluster_bits(),
             refcount_bits: self.geometry.refcount_order.bits(),
             lazy_refcounts: header.compatible.contains(Compatible::LAZY_REFCOUNTS),
             corrupt: header.incompatible.contains(Incompatible::CORRUPT),

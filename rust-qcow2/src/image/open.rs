@@ -22,11 +22,13 @@ use crate::format::bitmaps::{Directory, EXTENSION as BITMAPS_LENGTH};
 use crate::format::extension::Extensions;
 use crate::format::geometry::{
     Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
+    MIN_EXTENDED_L2_CLUSTER_BITS,
 };
 use crate::format::header::{
     Autoclear, Header, Incompatible, KNOWN_AUTOCLEAR, KNOWN_INCOMPATIBLE, V3_LENGTH,
 };
 use crate::format::snapshots::ENTRY_HEADER as SNAPSHOT_HEADER;
+use crate::format::subclusters::SUBCLUSTER_COUNT_BITS;
 use crate::host::{File, Host};
 use crate::units::HostOffset;
 
@@ -62,6 +64,12 @@ impl<H: Host> Image<H> {
             ));
         }
         let geometry = Geometry::of(&header);
+        if geometry.has_subclusters() && geometry.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS {
+            let size = geometry.cluster_size() >> SUBCLUSTER_COUNT_BITS;
+            return Err(Error::invalid(format!(
+                "Unsupported subcluster size: {size}"
+            )));
+        }
         validate_tables(&header, &geometry, flags)?;
         let l1 = read_table(&file, header.l1_table_offset, u64::from(header.l1_size))
             .map_err(|error| error.context("Could not read L1 table"))?;
@@ -75,7 +83,7 @@ impl<H: Host> Image<H> {
         };
         let mut extensions = extensions?;
         let void_bitmaps = drop_void_bitmaps(&host, &header, &geometry, &mut extensions)?;
-        refuse_unserved(&header, flags)?;
+        validate_data_file_flags(&header, flags)?;
         let encrypted = encryption_of(&header, extensions.crypto_header.as_deref())?;
         host.open_encryption(encrypted, flags.no_io)?;
         if !flags.no_io {
@@ -397,16 +405,8 @@ fn drop_void_bitmaps<H: Host>(
     Ok(false)
 }
 
-/// Refuses images that need what is not served yet, by name.
-fn refuse_unserved(header: &Header, flags: OpenFlags) -> Result<()> {
-    let refuse = |what: &str| {
-        Err(Error::unsupported(format!(
-            "rqcow2 does not support {what} yet"
-        )))
-    };
-    if header.incompatible.contains(Incompatible::EXTENDED_L2) {
-        return refuse("images with extended L2 entries (subclusters)");
-    }
+/// Refuses a flag that has no meaning without the file that it speaks of.
+fn validate_data_file_flags(header: &Header, flags: OpenFlags) -> Result<()> {
     let external = header.incompatible.contains(Incompatible::DATA_FILE);
     if header.autoclear.contains(Autoclear::RAW_DATA_FILE) && !external && !flags.no_io {
         return Err(Error::invalid("data-file-raw requires a data file"));

@@ -9,6 +9,7 @@ use crate::cache::l2::L2Slice;
 use crate::cache::pool::Pool;
 use crate::error::Result;
 use crate::format::entry::{L1Entry, L2Entry};
+use crate::format::subclusters::ClusterEntry;
 use crate::host::{Event, File, Host};
 use crate::units::GuestOffset;
 
@@ -25,7 +26,7 @@ pub(crate) struct TablePiece {
 }
 
 /// An entry that nobody can use without asking the image.
-const UNKNOWN: L2Entry = L2Entry(1 << 62);
+const UNKNOWN: ClusterEntry = ClusterEntry::standard(L2Entry(1 << 62));
 
 impl<H: Host> Image<H> {
     /// An entry of the L1 table.
@@ -37,7 +38,7 @@ impl<H: Host> Image<H> {
     /// Whether the entry of the guest cluster at `cluster` breaks a rule of the
     /// format.
     #[inline]
-    pub(crate) fn is_bad_entry(&self, entry: L2Entry, cluster: GuestOffset) -> bool {
+    pub(crate) fn is_bad_entry(&self, entry: ClusterEntry, cluster: GuestOffset) -> bool {
         is_bad(&self.geometry, entry, cluster)
     }
 
@@ -53,7 +54,7 @@ impl<H: Host> Image<H> {
 
     /// Reads a part of an L2 table. The table may change or go meanwhile; then
     /// those who watch the image have been told, or the entries say nothing.
-    pub(crate) fn read_piece(&self, piece: &TablePiece) -> Result<Vec<L2Entry>> {
+    pub(crate) fn read_piece(&self, piece: &TablePiece) -> Result<Vec<ClusterEntry>> {
         let unknown = || Ok(vec![UNKNOWN; piece.entries]);
         let geometry = &self.geometry;
         let table = match piece.l1_entry.table() {
@@ -65,23 +66,31 @@ impl<H: Host> Image<H> {
         let mut entries = Vec::new();
         let per_slice = self.l2.slice_size() >> geometry.l2_entry_bits;
         if cached.iter().all(Option::is_some) {
-            entries.resize(piece.entries, L2Entry::UNALLOCATED);
+            entries.resize(piece.entries, ClusterEntry::UNALLOCATED);
         } else {
             let offset = table.add((first as u64) << geometry.l2_entry_bits);
             let mut bytes = self.host.aligned(piece.entries << geometry.l2_entry_bits)?;
             self.host.event(Event::L2Load);
             self.host.file().read(offset.0, &mut bytes)?;
-            let mut word = [0; 8];
-            entries.extend(bytes.chunks_exact(8).map(|bytes| {
+            let words = bytes.chunks_exact(8).map(|bytes| {
+                let mut word = [0; 8];
                 word.copy_from_slice(bytes);
-                L2Entry(u64::from_be_bytes(word))
-            }));
+                u64::from_be_bytes(word)
+            });
+            if geometry.has_subclusters() {
+                let second = words.clone().skip(1).step_by(2);
+                let pairs = words.step_by(2).zip(second);
+                entries.extend(pairs.map(|(a, b)| ClusterEntry::extended(a, b)));
+            } else {
+                entries.extend(words.map(|word| ClusterEntry::standard(L2Entry(word))));
+            }
         }
         // What is cached may be newer than the file.
         if cached.iter().any(Option::is_some) {
             for (entry, index) in entries.iter_mut().zip(first..) {
                 if let Some(slice) = &cached[index / per_slice - first / per_slice] {
-                    *entry = slice.get(index % per_slice);
+                    // Who keeps changing it has it told.
+                    *entry = slice.try_get(index % per_slice).unwrap_or(UNKNOWN);
                 }
             }
         }

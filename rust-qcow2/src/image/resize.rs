@@ -3,12 +3,15 @@
 use std::sync::atomic::Ordering;
 
 use super::refcounts::Reason;
+use super::subclusters::kept;
+use super::write::Marking;
 use super::zero::After;
 use super::{Image, Options, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
 use crate::format::geometry::MAX_L1_BYTES;
 use crate::format::header::field;
+use crate::format::subclusters::{ClusterEntry, Subclusters};
 use crate::host::{Event, File, Host, Preallocation, ZeroFlags};
 use crate::units::{GuestOffset, HostOffset, div_up, round_up};
 
@@ -187,7 +190,7 @@ impl<H: Host> Image<H> {
         // would show its old content.
         let file = self.host.file();
         st.data_floor = div_up(file.length()?, self.geometry.cluster_size());
-        let result = self.preallocate(st, GuestOffset(old), new - old);
+        let result = self.preallocate(st, GuestOffset(old), new - old, Marking::Reserved);
         st.data_floor = 0;
         let end = result.map_err(|error| error.context("Allocating clusters failed"))?;
         // Reading what was allocated last must not go beyond the end of file.
@@ -210,7 +213,7 @@ impl<H: Host> Image<H> {
         if new == old {
             return Ok(());
         }
-        self.preallocate(st, GuestOffset(old), new - old)
+        self.preallocate(st, GuestOffset(old), new - old, Marking::Reserved)
             .map_err(|error| error.context("Allocating clusters failed"))?;
         let file = self.data_file()?;
         if file.length()? < new {
@@ -287,12 +290,21 @@ impl<H: Host> Image<H> {
                 .map_err(|error| error.context("Failed to update L2 tables"))?;
             let here = (count - done).min((at.slice.len() - at.index) as u64);
             for i in 0..here {
-                let entry = L2Entry::normal(start.add((done + i) << bits));
                 let index = at.index + i as usize;
                 let old = at.slice.get(index);
+                let subclusters = match (self.geometry.has_subclusters(), zeroed) {
+                    (false, _) => Subclusters::NONE,
+                    // Zeroes in the file hide what is in the backing file.
+                    (true, true) => Subclusters::ALL_DATA,
+                    (true, false) => kept(old),
+                };
+                let entry = ClusterEntry {
+                    entry: L2Entry::normal(start.add((done + i) << bits)),
+                    subclusters,
+                };
                 self.l2.set(&at.slice, index, entry);
-                if old != L2Entry::UNALLOCATED {
-                    replaced.push(old);
+                if old.entry != L2Entry::UNALLOCATED {
+                    replaced.push(old.entry);
                 }
             }
             done += here;
@@ -325,7 +337,7 @@ impl<H: Host> Image<H> {
         old: u64,
         new: u64,
     ) -> Result<StateGuard<'a, H>> {
-        let start = round_up(old, self.geometry.cluster_bits);
+        let start = round_up(old, self.geometry.subcluster_bits());
         if new > start {
             self.zeroize(
                 &mut st,
@@ -342,9 +354,10 @@ impl<H: Host> Image<H> {
         Ok(st)
     }
 
-    /// Writes zeroes over a part of one cluster, with copy-on-write.
+    /// Writes zeroes over a part of one cluster or subcluster, with
+    /// copy-on-write.
     fn zero_bytes(&self, st: &mut StateGuard<'_, H>, at: u64, len: u64) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
+        let bits = self.geometry.subcluster_bits();
         let cluster = GuestOffset(at).align_down(bits);
         self.await_all_allocations(st, cluster, 1 << bits);
         let run = self.lookup_locked(st, GuestOffset(at), len)?;
@@ -361,7 +374,7 @@ impl<H: Host> Image<H> {
         self.read_bytes_locked(st, cluster, &mut bytes)?;
         let first = (at - cluster.0) as usize;
         bytes[first..first + len as usize].fill(0);
-        let end = self.preallocate(st, cluster, 1 << bits)?;
+        let end = self.preallocate(st, cluster, 1 << bits, Marking::Written)?;
         self.write_data(cluster, HostOffset(end.0 - (1 << bits)), &bytes)?;
         self.l2_waits_for_data(st);
         Ok(())

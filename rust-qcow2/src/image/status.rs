@@ -1,8 +1,10 @@
 //! What is where: block status.
 
+use super::map::Run;
 use super::{Image, StateGuard};
 use crate::error::Result;
 use crate::format::entry::Mapping;
+use crate::format::subclusters::Part;
 use crate::host::{File, Host};
 use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
@@ -22,7 +24,10 @@ pub struct BlockStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusKind {
     /// Not in this image.
-    Unallocated,
+    Unallocated {
+        /// The place reserved for it, if any.
+        host: Option<HostOffset>,
+    },
     /// Zeroes.
     Zero {
         /// The place reserved for them, if any.
@@ -41,9 +46,11 @@ impl<H: Host> Image<H> {
     /// # Errors
     /// Those of the file, `EIO` for damaged tables.
     pub fn block_status(&self, guest: GuestOffset, len: u64) -> Result<BlockStatus> {
-        let (mapping, mut len_known) = self.mapping_at(guest, len)?;
-        let kind = match mapping {
-            Mapping::Unallocated => StatusKind::Unallocated,
+        let (first, mut len_known) = self.part_at(guest, len)?;
+        let kind = match first.mapping {
+            Mapping::Unallocated => StatusKind::Unallocated {
+                host: first.reserved,
+            },
             Mapping::ZeroPlain => StatusKind::Zero { host: None },
             Mapping::ZeroAllocated(host) => StatusKind::Zero { host: Some(host) },
             Mapping::Normal(host) => StatusKind::Data(host),
@@ -51,15 +58,8 @@ impl<H: Host> Image<H> {
         };
         // Runs end at slices; a status goes on while the kind stays.
         while len_known < len {
-            let (next, next_len) = self.mapping_at(guest.add(len_known), len - len_known)?;
-            let continues = match (kind, next) {
-                (StatusKind::Unallocated, Mapping::Unallocated)
-                | (StatusKind::Zero { host: None }, Mapping::ZeroPlain) => true,
-                (StatusKind::Zero { host: Some(host) }, Mapping::ZeroAllocated(other))
-                | (StatusKind::Data(host), Mapping::Normal(other)) => host.add(len_known) == other,
-                _ => false,
-            };
-            if !continues {
+            let (next, next_len) = self.part_at(guest.add(len_known), len - len_known)?;
+            if first.mapping == Mapping::Compressed || next != first.plus(len_known) {
                 break;
             }
             len_known += next_len;
@@ -77,15 +77,19 @@ impl<H: Host> Image<H> {
     /// What is at `guest`, as far as one run goes. An index above that found
     /// data here spares the layer to load its table for it: that is where the
     /// status of a long chain comes from.
-    fn mapping_at(&self, guest: GuestOffset, len: u64) -> Result<(Mapping, u64)> {
+    fn part_at(&self, guest: GuestOffset, len: u64) -> Result<(Part, u64)> {
+        let part = |run: Run| Part {
+            mapping: run.mapping,
+            reserved: run.reserved,
+        };
         if let Some(run) = self.lookup_fast(guest, len) {
-            return Ok((run.mapping, run.len));
+            return Ok((part(run), run.len));
         }
         if let Some((host, len)) = self.links().data_known_above(guest, len) {
-            return Ok((Mapping::Normal(host), len));
+            return Ok((Part::plain(Mapping::Normal(host)), len));
         }
         let run = self.lookup(guest, len)?;
-        Ok((run.mapping, run.len))
+        Ok((part(run), run.len))
     }
 
     /// Whether notably more clusters are counted than the storage holds. Looked

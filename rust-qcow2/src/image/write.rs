@@ -7,7 +7,7 @@ use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
-use crate::format::geometry::Geometry;
+use crate::format::subclusters::ClusterEntry;
 use crate::host::{GuestBuf, Host, Task, WaitQueue};
 use crate::units::{GuestOffset, HostOffset, round_up};
 
@@ -23,6 +23,11 @@ pub(super) struct Allocation<H: Host> {
     pub(super) end: GuestOffset,
     /// Where the clusters go.
     pub(super) host: HostOffset,
+    /// First guest byte that is written, copied ones included: that of the
+    /// first cluster, unless there are subclusters.
+    pub(super) written_start: GuestOffset,
+    /// End of what is written.
+    pub(super) written_end: GuestOffset,
     /// The host clusters were reserved for these guest clusters before.
     reserved: bool,
     pub(super) done: H::WaitQueue,
@@ -35,10 +40,28 @@ impl<H: Host> Allocation<H> {
             start,
             end,
             host,
+            written_start: start,
+            written_end: end,
             reserved: false,
             done: H::WaitQueue::default(),
         }
     }
+}
+
+impl<H: Host> Allocation<H> {
+    /// Where guest bytes go.
+    pub(super) fn host_of(&self, guest: GuestOffset) -> HostOffset {
+        self.host.add(guest.0 - self.start.0)
+    }
+}
+
+/// How an allocation changes the bitmaps of extended entries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Marking {
+    /// What was written is data from now on.
+    Written,
+    /// The clusters have a place, and read as before.
+    Reserved,
 }
 
 /// Allocations under way.
@@ -210,7 +233,7 @@ impl<H: Host> Image<H> {
         let mut count = 1;
         while count < room.min(wanted) {
             let next = at.slice.get(at.index + count as usize);
-            if !same_treatment(&self.geometry, entry, next, count << bits) {
+            if !self.same_treatment(entry, next, count << bits) {
                 break;
             }
             count += 1;
@@ -218,8 +241,11 @@ impl<H: Host> Image<H> {
         let start = guest.align_down(bits);
         let len = len.min((count << bits) - guest.within(bits));
 
-        let (host, reserved) = match self.geometry.mapping(entry) {
-            Mapping::Normal(host) if entry.copied() => {
+        let copied = entry.entry.copied();
+        let (host, reserved) = match self.geometry.mapping(entry.entry) {
+            Mapping::Normal(host)
+                if copied && self.is_all_data(&at.slice, at.index, guest, len) =>
+            {
                 let host = host.add(guest.within(bits));
                 self.ensure_free_for_data(st, host, len)?;
                 return Ok(Some(Piece {
@@ -230,7 +256,7 @@ impl<H: Host> Image<H> {
                     token,
                 }));
             }
-            Mapping::ZeroAllocated(host) if entry.copied() => (host, true),
+            Mapping::Normal(host) | Mapping::ZeroAllocated(host) if copied => (host, true),
             _ if self.has_data_file() => (HostOffset(start.0), false),
             _ => {
                 let host;
@@ -242,10 +268,18 @@ impl<H: Host> Image<H> {
             self.ensure_free_for_data(st, host, count << bits)?;
         }
         let len = len.min((count << bits) - guest.within(bits));
+        let end = start.add(count << bits);
+        let (written_start, written_end) = if self.geometry.has_subclusters() {
+            self.written_range(&at.slice, at.index, guest, len, reserved)
+        } else {
+            (start, end)
+        };
         let allocation = Arc::new(Allocation {
             start,
-            end: start.add(count << bits),
+            end,
             host,
+            written_start,
+            written_end,
             reserved,
             done: H::WaitQueue::default(),
         });
@@ -344,7 +378,7 @@ impl<H: Host> Image<H> {
         let result = self.write_new(&piece, allocation, buf, at);
         // What this request frees need not wait for this request.
         drop(piece.token);
-        self.end_allocation(&mut self.lock(), allocation, result)
+        self.end_allocation(&mut self.lock(), allocation, result, Marking::Written)
     }
 
     /// Makes the L2 entries of an allocation say so, or takes it back.
@@ -353,8 +387,9 @@ impl<H: Host> Image<H> {
         st: &mut StateGuard<'_, H>,
         allocation: &Arc<Allocation<H>>,
         written: Result<bool>,
+        marking: Marking,
     ) -> Result<()> {
-        let result = written.and_then(|copied| self.link(st, allocation, copied));
+        let result = written.and_then(|copied| self.link(st, allocation, copied, marking));
         if result.is_err() && !allocation.reserved && !self.has_data_file() {
             let len = allocation.end.0 - allocation.start.0;
             self.free(st, allocation.host, len, Reason::Never);
@@ -369,6 +404,7 @@ impl<H: Host> Image<H> {
         st: &mut StateGuard<'_, H>,
         allocation: &Allocation<H>,
         copied: bool,
+        marking: Marking,
     ) -> Result<()> {
         self.ensure_usable()?;
         let bits = self.geometry.cluster_bits;
@@ -388,17 +424,20 @@ impl<H: Host> Image<H> {
             let host = allocation.host.add(i << bits);
             let index = at.index + i as usize;
             let old = at.slice.get(index);
-            if allocation.reserved {
-                // A discard that came in between wins: the cluster is gone.
-                if old.mapping() == Mapping::ZeroAllocated(host) {
-                    self.l2.set(&at.slice, index, L2Entry::normal(host));
-                }
+            // A discard that came in between wins: the cluster is gone.
+            let place = self.geometry.mapping(old.entry).host_cluster();
+            if allocation.reserved && place != Some(host) {
                 continue;
             }
-            self.l2.set(&at.slice, index, L2Entry::normal(host));
-            let keeps = self.has_data_file();
-            if !keeps && (old.mapping().host_cluster().is_some() || old.is_compressed()) {
-                replaced.push(old);
+            let new = ClusterEntry {
+                entry: L2Entry::normal(host),
+                subclusters: self.marked(allocation, i, old, marking),
+            };
+            self.l2.set(&at.slice, index, new);
+            let keeps = allocation.reserved || self.has_data_file();
+            let had_place = old.entry.mapping().host_cluster().is_some();
+            if !keeps && (had_place || old.entry.is_compressed()) {
+                replaced.push(old.entry);
             }
         }
         self.links().changed(allocation.start.0, count << bits);
@@ -438,14 +477,15 @@ impl<H: Host> Image<H> {
         }
     }
 
-    /// Gives `len` bytes from `guest` on host clusters without writing data,
-    /// for preallocation; what shares a cluster with them is copied. Returns
-    /// the host offset behind the last byte.
+    /// Gives `len` bytes from `guest` on host clusters without writing data;
+    /// what shares a cluster with them is copied. Returns the host offset
+    /// behind the last byte.
     pub(super) fn preallocate(
         &self,
         st: &mut StateGuard<'_, H>,
         mut guest: GuestOffset,
         mut len: u64,
+        marking: Marking,
     ) -> Result<HostOffset> {
         let mut end = HostOffset(0);
         while len > 0 {
@@ -463,7 +503,7 @@ impl<H: Host> Image<H> {
             let behind = guest.add(done);
             if let Some(allocation) = allocation {
                 let copied = self.copy_ends(st, &allocation, guest, behind);
-                self.end_allocation(st, &allocation, copied)?;
+                self.end_allocation(st, &allocation, copied, marking)?;
             }
             end = end.max(host.add(done));
             guest = behind;
@@ -473,14 +513,23 @@ impl<H: Host> Image<H> {
     }
 }
 
-/// Whether a write treats an entry like the one `distance` bytes before it.
-fn same_treatment(geometry: &Geometry, first: L2Entry, next: L2Entry, distance: u64) -> bool {
-    match (geometry.mapping(first), first.copied()) {
-        (Mapping::Normal(host), true) => next == L2Entry::normal(host.add(distance)),
-        (Mapping::ZeroAllocated(host), true) => next == L2Entry::zero_allocated(host.add(distance)),
-        _ => {
-            let in_place = next.copied() && next.mapping().host_cluster().is_some();
-            !in_place
+impl<H: Host> Image<H> {
+    /// Whether a write treats an entry like the one `distance` bytes before it.
+    fn same_treatment(&self, first: ClusterEntry, next: ClusterEntry, distance: u64) -> bool {
+        let (entry, other) = (first.entry, next.entry);
+        let mapping = self.geometry.mapping(other);
+        if self.geometry.has_subclusters() && next.contradicts_itself(mapping) {
+            return false;
+        }
+        match (self.geometry.mapping(entry), entry.copied()) {
+            (Mapping::Normal(host), true) => other == L2Entry::normal(host.add(distance)),
+            (Mapping::ZeroAllocated(host), true) => {
+                other == L2Entry::zero_allocated(host.add(distance))
+            }
+            _ => {
+                let in_place = other.copied() && mapping.host_cluster().is_some();
+                !in_place
+            }
         }
     }
 }

@@ -184,7 +184,7 @@ impl<H: Host> Image<H> {
         if !slice.is_dirty() {
             return Ok(());
         }
-        let len = slice.len() * 8;
+        let len = slice.bytes();
         self.ensure_no_overlap(st, MetadataKind::ACTIVE_L2, slice.offset().0, len as u64)?;
         let mut bytes = self.host.aligned(len)?;
         slice.to_bytes(&mut bytes);

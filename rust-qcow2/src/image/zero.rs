@@ -5,6 +5,7 @@ use super::refcounts::Reason;
 use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping};
+use crate::format::subclusters::{ClusterEntry, Subclusters};
 use crate::host::{File, Host, ZeroFlags};
 use crate::units::{GuestOffset, round_up};
 
@@ -19,21 +20,21 @@ pub(super) enum After {
 
 /// How one L2 entry changes.
 struct NewEntry {
-    entry: L2Entry,
+    entry: ClusterEntry,
     /// The host cluster is given back.
     free: bool,
 }
 
 impl<H: Host> Image<H> {
-    /// Makes a range read as zeroes. Only whole clusters get the zero flag; a
-    /// range within one cluster is served where the rest of the cluster reads
-    /// as zeroes already.
+    /// Makes a range read as zeroes. Only whole clusters get the zero flag, or
+    /// whole subclusters; a range within one of them is served where the rest of
+    /// it reads as zeroes already.
     ///
     /// # Errors
     /// `ENOTSUP` where zeroes have to be written instead.
     pub fn write_zeroes(&self, guest: GuestOffset, len: u64, flags: ZeroFlags) -> Result<()> {
         self.ensure_usable()?;
-        let bits = self.geometry.cluster_bits;
+        let bits = self.geometry.subcluster_bits();
         let size = self.size();
         let end = guest.0 + len;
         let head = guest.within(bits);
@@ -65,9 +66,84 @@ impl<H: Host> Image<H> {
         }
     }
 
-    /// Sets the zero flag on whole clusters; the last one may be cut by the end
-    /// of the disk.
+    /// Sets the zero flag on whole clusters or subclusters; the last one may be
+    /// cut by the end of the disk.
     pub(super) fn zeroize(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<()> {
+        if self.data_file_is_raw() {
+            self.await_all_allocations(st, guest, len);
+            // Whoever reads the data file alone has to see zeroes, too.
+            self.data_file()?.write_zeroes(guest.0, len, flags)?;
+        }
+        // Clusters that are touched in part, at either end.
+        let bits = self.geometry.cluster_bits;
+        let end = guest.0 + len;
+        let first = round_up(guest.0, bits).min(end);
+        let last = if end >= self.size() {
+            end
+        } else {
+            GuestOffset(end).align_down(bits).0.max(first)
+        };
+        if guest.0 < first {
+            self.zeroize_parts(st, guest, first - guest.0)?;
+        }
+        if first < last {
+            self.zeroize_clusters(st, GuestOffset(first), last - first, flags)?;
+        }
+        if last < end {
+            self.zeroize_parts(st, GuestOffset(last), end - last)?;
+        }
+        Ok(())
+    }
+
+    /// [`Image::zeroize`] for subclusters of one cluster, which keeps its place.
+    fn zeroize_parts(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Result<()> {
+        self.await_all_allocations(st, guest, len);
+        self.ensure_usable()?;
+        let bits = self.geometry.subcluster_bits();
+        let at = self.entry_for_change(st, guest)?;
+        let old = at.slice.get(at.index);
+        self.ensure_good_entry(st, guest, old)?;
+        if old.entry.is_compressed() {
+            return Err(Error::errno(libc::ENOTSUP));
+        }
+        let first = self.geometry.subcluster_index(guest);
+        let count = (round_up(len, bits) >> bits) as u32;
+        let new = ClusterEntry {
+            entry: old.entry,
+            subclusters: old.subclusters.with_zeroes(first, first + count),
+        };
+        if new != old {
+            self.l2.set(&at.slice, at.index, new);
+            self.links().changed(guest.0, len);
+        }
+        Ok(())
+    }
+
+    /// An entry that reads as zeroes, with the place of `entry` or without one.
+    fn zero_entry(&self, entry: L2Entry) -> ClusterEntry {
+        if self.geometry.has_subclusters() {
+            ClusterEntry {
+                entry,
+                subclusters: Subclusters::ALL_ZERO,
+            }
+        } else {
+            ClusterEntry::standard(L2Entry(entry.0 | L2Entry::ZERO_PLAIN.0))
+        }
+    }
+
+    /// [`Image::zeroize`] for whole clusters.
+    fn zeroize_clusters(
         &self,
         st: &mut StateGuard<'_, H>,
         guest: GuestOffset,
@@ -81,20 +157,15 @@ impl<H: Host> Image<H> {
             }
             return Err(Error::errno(libc::ENOTSUP));
         }
-        if self.data_file_is_raw() {
-            self.await_all_allocations(st, guest, len);
-            // Whoever reads the data file alone has to see zeroes, too.
-            self.data_file()?.write_zeroes(guest.0, len, flags)?;
-        }
         let keep = self.shared.read().options.discard_no_unref;
         self.change_entries(st, guest, len, Reason::Request, |old| {
-            let mapping = self.geometry.mapping(old);
+            let mapping = self.geometry.mapping(old.entry);
             let allocated = !matches!(mapping, Mapping::Unallocated | Mapping::ZeroPlain);
             let unmap = mapping == Mapping::Compressed || (flags.may_unmap && allocated);
             let keep = keep && mapping != Mapping::Compressed;
             let entry = match mapping.host_cluster() {
-                Some(_) if !unmap || keep => L2Entry(old.0 | L2Entry::ZERO_PLAIN.0),
-                _ => L2Entry::ZERO_PLAIN,
+                Some(_) if !unmap || keep => self.zero_entry(old.entry),
+                _ => self.zero_entry(L2Entry::UNALLOCATED),
             };
             NewEntry {
                 entry,
@@ -145,15 +216,15 @@ impl<H: Host> Image<H> {
             && reason == Reason::Request;
         self.reclaim(st)?;
         let result = self.change_entries(st, guest, len, reason, |old| {
-            let mapping = self.geometry.mapping(old);
+            let mapping = self.geometry.mapping(old.entry);
             let keep = keep && mapping != Mapping::Compressed;
             let allocated = !matches!(mapping, Mapping::Unallocated | Mapping::ZeroPlain);
             let entry = match after {
-                After::Unallocated => L2Entry::UNALLOCATED,
+                After::Unallocated => ClusterEntry::UNALLOCATED,
                 After::Zeroes if !(has_backing || allocated) => old,
-                After::Zeroes if !can_zero => L2Entry::UNALLOCATED,
-                After::Zeroes if keep => L2Entry(old.0 | L2Entry::ZERO_PLAIN.0),
-                After::Zeroes => L2Entry::ZERO_PLAIN,
+                After::Zeroes if !can_zero => ClusterEntry::UNALLOCATED,
+                After::Zeroes if keep => self.zero_entry(old.entry),
+                After::Zeroes => self.zero_entry(L2Entry::UNALLOCATED),
             };
             NewEntry { entry, free: !keep }
         });
@@ -168,7 +239,7 @@ impl<H: Host> Image<H> {
         mut guest: GuestOffset,
         len: u64,
         reason: Reason,
-        change: impl Fn(L2Entry) -> NewEntry,
+        change: impl Fn(ClusterEntry) -> NewEntry,
     ) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         self.await_all_allocations(st, guest, len);
@@ -176,7 +247,8 @@ impl<H: Host> Image<H> {
         let mut count = round_up(len, bits) >> bits;
         while count > 0 {
             let missing = self.l1.get(self.geometry.l1_index(guest)).table().is_none();
-            if missing && change(L2Entry::UNALLOCATED).entry == L2Entry::UNALLOCATED {
+            let nothing = ClusterEntry::UNALLOCATED;
+            if missing && change(nothing).entry == nothing {
                 let table = self.geometry.l2_entries() - self.geometry.l2_index(guest);
                 let skip = table.min(count);
                 guest = guest.add(skip << bits);
@@ -195,16 +267,16 @@ impl<H: Host> Image<H> {
                 self.l2.set(&at.slice, index, new.entry);
                 self.links().changed(guest.0 + (i << bits), 1 << bits);
                 if new.free {
-                    self.free_entry(st, old, reason);
-                } else if let Some(host) = self.geometry.mapping(old).host_cluster() {
+                    self.free_entry(st, old.entry, reason);
+                } else if let Some(host) = self.geometry.mapping(old.entry).host_cluster() {
                     // The reference stays, the space goes, unless a snapshot
                     // has it as well.
                     let options = self.shared.read().options;
                     if options.discard_no_unref
                         && options.discard_request
                         && reason == Reason::Request
-                        && new.entry.has_zero_flag()
-                        && old.copied()
+                        && new.entry == self.zero_entry(new.entry.entry)
+                        && old.entry.copied()
                     {
                         let size = self.geometry.cluster_size();
                         let _ = self.data_file()?.discard(host.0, size);

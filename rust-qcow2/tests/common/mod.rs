@@ -24,6 +24,14 @@ pub struct Shape {
     pub cluster_bits: u32,
     pub refcount_order: u32,
     pub lazy_refcounts: bool,
+    pub extended_l2: bool,
+}
+
+impl Shape {
+    /// Logarithm of the smallest part that is allocated by itself.
+    pub fn part_bits(&self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { 5 } else { 0 }
+    }
 }
 
 pub const PLAIN: Shape = Shape {
@@ -31,6 +39,13 @@ pub const PLAIN: Shape = Shape {
     cluster_bits: 9,
     refcount_order: 4,
     lazy_refcounts: false,
+    extended_l2: false,
+};
+
+pub const EXTENDED: Shape = Shape {
+    cluster_bits: 14,
+    extended_l2: true,
+    ..PLAIN
 };
 
 pub const WRITABLE: OpenFlags = OpenFlags {
@@ -52,6 +67,7 @@ pub fn create(shape: Shape, size: u64) -> MemoryFile {
         compression: CompressionType::Zlib,
         data_file: false,
         data_file_raw: false,
+        extended_l2: shape.extended_l2,
     };
     format(&file, &params, None).unwrap();
     let image = open(&file, None, &OptionRequest::default());

@@ -59,7 +59,6 @@ impl Creation {
             dict,
             options: ptr::null_mut(),
         };
-        creation.refuse_unserved()?;
         match creation.get(c"encryption").as_deref() {
             Some("on") => creation.put(c"encryption", c"qcow".as_ptr()),
             // SAFETY: the dictionary is ours.
@@ -81,22 +80,6 @@ impl Creation {
             if fine { 0 } else { -libc::EINVAL }
         })?;
         Ok(creation)
-    }
-
-    fn refuse_unserved(&self) -> Result<()> {
-        let refuse = |what| {
-            Err(Error::unsupported(format!(
-                "rqcow2 does not support {what} yet"
-            )))
-        };
-        let on = |key| {
-            self.get(key)
-                .is_some_and(|value| !matches!(&*value, "off" | "no" | "false" | "n"))
-        };
-        if on(c"extended_l2") {
-            return refuse("extended L2 entries");
-        }
-        Ok(())
     }
 
     /// The name of the external data file, if there is to be one.

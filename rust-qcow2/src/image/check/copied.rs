@@ -1,9 +1,9 @@
 //! The copied flags: whether a cluster or table is referred to exactly once.
 
-use super::references::word;
+use super::references::entry_of;
 use super::{Check, Fix, strerror};
 use crate::error::Result;
-use crate::format::entry::{L1Entry, L2Entry, MetadataKind};
+use crate::format::entry::{L1Entry, MetadataKind};
 use crate::host::{File, Host};
 use crate::units::HostOffset;
 
@@ -59,9 +59,10 @@ impl<H: Host> Check<'_, '_, H> {
             self.report.check_errors += 1;
             return Err(error);
         }
+        let entry_bits = self.image.geometry.l2_entry_bits;
         let mut changed = 0;
         for index in 0..self.image.geometry.l2_entries() as usize {
-            let entry = L2Entry(word(bytes, index));
+            let entry = entry_of(&self.image.geometry, bytes, index).entry;
             let Some(at) = self.image.geometry.mapping(entry).host_cluster() else {
                 continue;
             };
@@ -84,7 +85,7 @@ impl<H: Host> Check<'_, '_, H> {
             ));
             if repair {
                 let entry = entry.with_copied(refcount == 1);
-                bytes[index * 8..][..8].copy_from_slice(&entry.0.to_be_bytes());
+                bytes[index << entry_bits..][..8].copy_from_slice(&entry.0.to_be_bytes());
                 changed += 1;
             }
         }

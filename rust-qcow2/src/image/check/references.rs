@@ -3,8 +3,9 @@
 use super::{Check, Fix, strerror};
 use crate::error::Result;
 use crate::format::entry::{L1Entry, L2Entry, Mapping, MetadataKind, OFFSET_MASK};
-use crate::format::geometry::MAX_L1_BYTES;
+use crate::format::geometry::{Geometry, MAX_L1_BYTES};
 use crate::format::snapshots::Snapshot;
+use crate::format::subclusters::{ClusterEntry, Subclusters};
 use crate::host::{File, Host};
 use crate::units::HostOffset;
 
@@ -170,8 +171,10 @@ impl<H: Host> Check<'_, '_, H> {
     }
 
     fn count_l2(&mut self, mut table: Table<'_>, fix: Fix) -> Result<()> {
+        let extended = self.image.geometry.has_subclusters();
         for index in 0..self.image.geometry.l2_entries() as usize {
-            let entry = L2Entry(word(table.bytes, index));
+            let full = entry_of(&self.image.geometry, table.bytes, index);
+            let entry = full.entry;
             if entry.reserved() != 0 {
                 self.say(format_args!(
                     "ERROR found l2 entry with reserved bits set: {:x}",
@@ -179,10 +182,28 @@ impl<H: Host> Check<'_, '_, H> {
                 ));
                 self.report.corruptions += 1;
             }
-            match self.image.geometry.mapping(entry) {
-                Mapping::Unallocated | Mapping::ZeroPlain => {}
-                Mapping::Compressed => self.count_compressed(entry, index, table.owner)?,
-                Mapping::Normal(at) => self.count_cluster(&mut table, index, at, false, fix)?,
+            let mapping = self.image.geometry.mapping(entry);
+            match mapping {
+                Mapping::Unallocated | Mapping::ZeroPlain => {
+                    if full.contradicts_itself(mapping) {
+                        self.say(format_args!(
+                            "ERROR: Unallocated cluster has non-zero subcluster allocation map"
+                        ));
+                        self.report.corruptions += 1;
+                    }
+                }
+                Mapping::Compressed => self.count_compressed(full, index, table.owner)?,
+                Mapping::Normal(at) => {
+                    if full.contradicts_itself(mapping) {
+                        self.say(format_args!(
+                            "ERROR offset={at:x}: Allocated cluster has corrupted subcluster \
+                             allocation bitmap"
+                        ));
+                        self.report.corruptions += 1;
+                    }
+                    let zero = extended && full.subclusters.data() == 0;
+                    self.count_cluster(&mut table, index, at, zero, fix)?;
+                }
                 Mapping::ZeroAllocated(at) => {
                     self.count_cluster(&mut table, index, at, true, fix)?;
                 }
@@ -191,7 +212,8 @@ impl<H: Host> Check<'_, '_, H> {
         Ok(())
     }
 
-    fn count_compressed(&mut self, mut entry: L2Entry, index: usize, owner: Owner) -> Result<()> {
+    fn count_compressed(&mut self, full: ClusterEntry, index: usize, owner: Owner) -> Result<()> {
+        let mut entry = full.entry;
         let cluster_bits = self.image.geometry.cluster_bits;
         // All bits of the offset, those included that no file can have.
         let offset = entry.0 & ((1 << (70 - cluster_bits)) - 1);
@@ -205,6 +227,15 @@ impl<H: Host> Check<'_, '_, H> {
         if self.image.has_data_file() {
             self.say(format_args!(
                 "ERROR compressed cluster {index} with data file, entry={:#x}",
+                entry.0
+            ));
+            self.report.corruptions += 1;
+            return Ok(());
+        }
+        if full.subclusters != Subclusters::NONE {
+            self.say(format_args!(
+                "ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, \
+                 entry={:#x}",
                 entry.0
             ));
             self.report.corruptions += 1;
@@ -267,15 +298,24 @@ impl<H: Host> Check<'_, '_, H> {
             Owner::Active => MetadataKind::ACTIVE_L2,
             Owner::Snapshot => MetadataKind::INACTIVE_L2,
         };
-        let bytes = L2Entry::ZERO_PLAIN.0.to_be_bytes();
-        let at = table.offset.0 + index as u64 * 8;
-        if let Err(error) = self.image.ensure_no_overlap(self.st, kind, at, 8) {
+        let geometry = self.image.geometry;
+        let mut words = [0; 16];
+        let bytes = &mut words[..1 << geometry.l2_entry_bits];
+        if geometry.has_subclusters() {
+            let zeroes = entry_of(&geometry, table.bytes, index).subclusters;
+            bytes[8..].copy_from_slice(&zeroes.only_zeroes().0.to_be_bytes());
+        } else {
+            bytes.copy_from_slice(&L2Entry::ZERO_PLAIN.0.to_be_bytes());
+        }
+        let len = bytes.len() as u64;
+        let at = table.offset.0 + index as u64 * len;
+        if let Err(error) = self.image.ensure_no_overlap(self.st, kind, at, len) {
             self.say(format_args!("ERROR: Overlap check failed"));
             self.report.check_errors += 1;
             return Err(error);
         }
         let file = self.image.host.file();
-        if let Err(error) = file.write(at, &bytes).and_then(|()| file.flush()) {
+        if let Err(error) = file.write(at, bytes).and_then(|()| file.flush()) {
             self.say(format_args!(
                 "ERROR: Failed to overwrite L2 table entry: {}",
                 strerror(&error)
@@ -283,10 +323,9 @@ impl<H: Host> Check<'_, '_, H> {
             self.report.check_errors += 1;
             return Ok(false);
         }
-        table.bytes[index * 8..][..8].copy_from_slice(&bytes);
-        self.image
-            .l2
-            .discard(table.offset, self.image.geometry.cluster_size());
+        let place = index << geometry.l2_entry_bits;
+        table.bytes[place..][..bytes.len()].copy_from_slice(bytes);
+        self.image.l2.discard(table.offset, geometry.cluster_size());
         self.report.corruptions -= 1;
         self.report.corruptions_fixed += 1;
         Ok(true)
@@ -298,4 +337,13 @@ pub(super) fn word(table: &[u8], index: usize) -> u64 {
     let mut be = [0; 8];
     be.copy_from_slice(&table[index * 8..][..8]);
     u64::from_be_bytes(be)
+}
+
+/// Entry number `index` of an L2 table.
+pub(super) fn entry_of(geometry: &Geometry, table: &[u8], index: usize) -> ClusterEntry {
+    if geometry.has_subclusters() {
+        ClusterEntry::extended(word(table, 2 * index), word(table, 2 * index + 1))
+    } else {
+        ClusterEntry::standard(L2Entry(word(table, index)))
+    }
 }

@@ -58,6 +58,7 @@ fn sample_with(cluster_bits: u32, refcount_order: u32) -> MemoryFile {
         compression: CompressionType::Zlib,
         data_file: false,
         data_file_raw: false,
+        extended_l2: false,
     };
     format(&file, &params, None).unwrap();
     let image = try_open(&file, false, true).unwrap();
@@ -510,4 +511,90 @@ proptest! {
         prop_assert!(read(&file) == content());
         prop_assert_eq!(header(&file).incompatible, Incompatible::empty());
     }
+}
+
+/// An image with subclusters, and data in the first of the second cluster.
+fn extended() -> (MemoryFile, u64) {
+    let file = MemoryFile::default();
+    let params = CreateParams {
+        version: 3,
+        cluster_bits: 14,
+        refcount_order: RefcountOrder::BITS_16,
+        lazy_refcounts: false,
+        compression: CompressionType::Zlib,
+        data_file: false,
+        data_file_raw: false,
+        extended_l2: true,
+    };
+    format(&file, &params, None).unwrap();
+    let image = try_open(&file, false, true).unwrap();
+    image
+        .resize(1 << 20, true, Preallocation::Off, false)
+        .unwrap();
+    let data = Mutex::new(vec![7; 512]);
+    image
+        .write(GuestOffset(16384), 512, SharedBuf(&data), 0)
+        .unwrap();
+    image.inactivate().unwrap();
+    let l2 = first_l2(&file);
+    assert_eq!(word(&file, l2 + 24), 1);
+    (file, l2)
+}
+
+#[test]
+fn contradictory_bitmaps_are_found() {
+    let (file, l2) = extended();
+    let at = word(&file, l2 + 16) & !(1 << 63);
+    poke(&file, l2 + 8, 1 << 3);
+    poke(&file, l2 + 24, 1 << 32 | 1);
+    let expected = [
+        "ERROR: Unallocated cluster has non-zero subcluster allocation map".to_owned(),
+        format!(
+            "ERROR offset={at:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+        ),
+    ];
+    let (report, lines) = check(&file, Fix::NONE);
+    assert_eq!(findings(&report), [2, 0, 0, 0, 0]);
+    assert_eq!(lines, expected);
+    // The guest is told, too, whatever it does there.
+    for cluster in 0..2 {
+        let before = file.bytes();
+        let image = try_open(&file, false, false).unwrap();
+        let data = Mutex::new(vec![0; 512]);
+        let at = GuestOffset(cluster * 16384);
+        let read = image.read(at, 512, SharedBuf(&data), 0);
+        assert_eq!(read.unwrap_err().code(), libc::EIO);
+        assert!(file.bytes() == before);
+    }
+}
+
+#[test]
+fn bitmaps_of_compressed_clusters_are_found() {
+    let (file, l2) = extended();
+    poke(&file, l2 + 32, 1 << 62 | 0x4000);
+    poke(&file, l2 + 40, 1);
+    let (report, lines) = check(&file, Fix::NONE);
+    assert_eq!(findings(&report), [1, 0, 0, 0, 0]);
+    assert_eq!(
+        lines,
+        [
+            "ERROR compressed cluster 2 with non-zero subcluster allocation bitmap, \
+             entry=0x4000000000004000"
+        ]
+    );
+}
+
+#[test]
+fn a_place_that_is_not_aligned_becomes_zeroes() {
+    let (file, l2) = extended();
+    let at = word(&file, l2 + 16);
+    poke(&file, l2 + 32, at + 512);
+    poke(&file, l2 + 40, 0xff << 32);
+    let (report, lines) = check(&file, ALL);
+    assert_eq!(report.corruptions, 0, "{lines:?}");
+    assert!(lines[0].starts_with("Repairing offset="), "{lines:?}");
+    assert_eq!(word(&file, l2 + 32), 0);
+    assert_eq!(word(&file, l2 + 40), 0xff << 32);
+    let (report, _) = check(&file, Fix::NONE);
+    assert_eq!(findings(&report), [0; 5]);
 }
