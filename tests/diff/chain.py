@@ -21,6 +21,8 @@ class Layer:
         self.name = name
         self.kind = kind            # qcow2 or raw
         self.cluster = cluster
+        # The smallest part that is allocated by itself.
+        self.part = cluster
         self.version = version
         self.lazy = False
         self.preallocated = False
@@ -35,6 +37,11 @@ class Layer:
         self.content = Runs(size)
         # Internal snapshots: name, and content and cut as they were.
         self.kept = {}
+
+    def describe(self, options):
+        """Takes from the creation options what there is to know."""
+        if 'extended_l2=on' in options:
+            self.part = self.cluster // 32
 
     @property
     def size(self):
@@ -183,8 +190,11 @@ class Chain:
                 options.append('lazy_refcounts=on')
             if rng.random() < 0.2:
                 options.append('compression_type=zstd')
+        extended = version == 3 and bits >= 14 and rng.random() < 0.4
+        if extended:
+            options.append('extended_l2=on')
         preallocation = 'off'
-        if not backed and not self.large and rng.random() < 0.3:
+        if (extended or not backed) and not self.large and rng.random() < 0.3:
             preallocation = rng.choice(['metadata', 'falloc', 'full'])
             options.append(f'preallocation={preallocation}')
         return ','.join(options), 1 << bits, version, lazy, preallocation != 'off'
@@ -200,12 +210,13 @@ class Chain:
             options, cluster, version, lazy, preallocated = self.draw_options(rng, False)
             layer = Layer(self.name('qcow2'), 'qcow2', self.draw_size(rng, cluster), cluster, version)
             layer.lazy, layer.preallocated = lazy, preallocated
+            layer.describe(options)
             self.both('qemu-img', ['create', '-q', '-f', lambda d: d.format, '-o', options, layer.name, layer.size])
         self.layers.append(layer)
 
     def add_layer(self, rng):
         """Puts a new overlay on top."""
-        options, cluster, version, lazy, _ = self.draw_options(rng, True)
+        options, cluster, version, lazy, preallocated = self.draw_options(rng, True)
         below = self.top
         size = below.size
         if rng.random() < 0.3:
@@ -213,7 +224,8 @@ class Chain:
         # Not created with a size, an overlay has that of the image below.
         args = [size] if size != below.size or rng.random() < 0.5 else []
         layer = Layer(self.name('qcow2'), 'qcow2', below.size, cluster, version)
-        layer.lazy = lazy
+        layer.lazy, layer.preallocated = lazy, preallocated
+        layer.describe(options)
         layer.content = below.content.copy()
         layer.content.resize(size)
         same_name = rng.random() < 0.5
@@ -517,6 +529,10 @@ class Tables:
         header = file.read(104)
         self.cluster = 1 << struct.unpack_from('>I', header, 20)[0]
         self.l1_size, self.l1_offset = struct.unpack_from('>IQ', header, 36)
+        # The features of version 3 say how long an L2 entry is.
+        version, = struct.unpack_from('>I', header, 4)
+        extended = version >= 3 and struct.unpack_from('>Q', header, 72)[0] & 16
+        self.entry = 16 if extended else 8
         file.seek(0)
 
     def entries(self):
@@ -528,8 +544,8 @@ class Tables:
             if table:
                 self.file.seek(table)
                 data = self.file.read(self.cluster)
-                for number, (entry,) in enumerate(struct.iter_unpack('>Q', data)):
-                    yield table + 8 * number, entry
+                for at in range(0, self.cluster, self.entry):
+                    yield table + at, struct.unpack_from('>Q', data, at)[0]
 
 
 def check_run(file, start, end, allowed, what):

@@ -20,7 +20,8 @@ DATA = [1, 2, 3, 0x55, 0xaa, 0xfe, 0xff]
 def spot(chain, rng):
     """An offset where something may go wrong."""
     top = chain.top
-    cluster = rng.choice([top.cluster, rng.choice(chain.layers).cluster])
+    other = rng.choice(chain.layers)
+    cluster = rng.choice([top.cluster, other.cluster, top.part, other.part])
     table = cluster * cluster // 8
     draw = rng.random()
     if draw < 0.3:
@@ -44,7 +45,7 @@ def spot(chain, rng):
 def stretch(chain, rng, limit=4 * MIB):
     """A range: (offset, length)."""
     top = chain.top
-    cluster = top.cluster
+    cluster = rng.choice([top.cluster, top.part])
     start = spot(chain, rng)
     draw = rng.random()
     if draw < 0.2:
@@ -59,7 +60,7 @@ def stretch(chain, rng, limit=4 * MIB):
             start -= start % cluster
     else:
         length = rng.randint(1, limit)
-    limit = max(limit, 2 * cluster)
+    limit = max(limit, 2 * top.cluster)
     return start, max(1, min(length, limit, top.size - start))
 
 
@@ -115,7 +116,7 @@ def zero(chain, rng):
     opened(chain, rng)
     start, length = stretch(chain, rng, 16 * MIB)
     flags = rng.choice(['', '', ' -u', ' -u', ' -n', ' -n -u', ' -f'])
-    cluster = chain.top.cluster
+    cluster = chain.top.part
     if '-n' in flags:
         start -= start % cluster
         length = min(-(-length // cluster) * cluster, chain.top.size - start)
@@ -175,7 +176,7 @@ def parallel(chain, rng):
     """Requests in flight together, that share clusters but not bytes."""
     opened(chain, rng)
     content = chain.top.content
-    cluster = chain.top.cluster
+    cluster = rng.choice([chain.top.cluster, chain.top.part])
     size = chain.top.size
     base = spot(chain, rng)
     taken, lines, after = [], [], []
@@ -442,6 +443,7 @@ def convert(chain, rng):
         preallocated = False
     layer = Layer(chain.name('qcow2'), 'qcow2', top.size, cluster, version)
     layer.lazy, layer.preallocated = lazy, preallocated
+    layer.describe(options)
     layer.content = top.content.copy()
     args = ['convert', '-q', '-f', (lambda d: d.format) if top.kind == 'qcow2' else 'raw',
             '-O', lambda d: d.format, '-o', options]
