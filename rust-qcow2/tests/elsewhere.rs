@@ -88,6 +88,7 @@ proptest! {
             cluster_bits,
             refcount_order: RefcountOrder::BITS_16,
             lazy_refcounts: false,
+            extended_l2: false,
             compression: CompressionType::Zlib,
             data_file: external,
             data_file_raw: raw,

@@ -52,12 +52,13 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
-    (2..=6u32, 9..=11u32, any::<bool>()).prop_map(
-        |(refcount_order, cluster_bits, lazy_refcounts)| Shape {
+    (2..=6u32, 9..=11u32, any::<bool>(), any::<bool>()).prop_map(
+        |(refcount_order, cluster_bits, lazy_refcounts, extended_l2)| Shape {
             version: 3,
-            cluster_bits,
+            cluster_bits: if extended_l2 { 14 } else { cluster_bits },
             refcount_order,
             lazy_refcounts,
+            extended_l2,
         },
     )
 }
