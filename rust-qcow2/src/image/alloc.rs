@@ -1,6 +1,7 @@
 //! Finding, taking and giving back clusters of the file.
 
 use std::io::Write as _;
+use std::time::{Duration, Instant};
 
 use super::inflight::Freed;
 use super::refcounts::{BlockId, Change, Reason};
@@ -14,6 +15,10 @@ use crate::units::{ClusterIndex, HostOffset, div_up};
 /// How many bytes of the guest's disk may wait as in
 /// [`Image::free_replaced`] before somebody flushes.
 const MAX_REPLACED: u64 = 32 << 20;
+
+/// How long they wait at most before an allocation flushes: a file that grows
+/// costs more than so few flushes.
+const MAX_WAIT: Duration = Duration::from_secs(1);
 
 impl<H: Host> Image<H> {
     /// Takes `len` bytes, rounded up to clusters, in one piece.
@@ -147,7 +152,10 @@ impl<H: Host> Image<H> {
     /// Frees what waited for requests that have left meanwhile.
     pub(super) fn reclaim(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         let most = (MAX_REPLACED >> self.geometry.cluster_bits).max(16);
-        if st.refcounts.replaced.len() as u64 > most {
+        let replaced = st.refcounts.replaced.len() as u64;
+        let long_ago = |at: Instant| at.elapsed() >= MAX_WAIT;
+        if replaced > most || replaced > 0 && st.refcounts.flushed_for_replaced.is_none_or(long_ago)
+        {
             self.free_replaced(st)?;
         }
         if self.inflight.is_empty() {
@@ -175,6 +183,7 @@ impl<H: Host> Image<H> {
         }
         self.write_slices(st)?;
         self.host.file().flush()?;
+        st.refcounts.flushed_for_replaced = Some(Instant::now());
         for freed in std::mem::take(&mut st.refcounts.replaced) {
             self.free_data(st, freed.offset, freed.len, freed.reason);
         }

@@ -1,5 +1,7 @@
 //! Refcount blocks in memory, and changing counts.
 
+use std::time::Instant;
+
 use rustc_hash::FxHashMap;
 
 use super::inflight::Freed;
@@ -96,6 +98,8 @@ pub(super) struct Refcounts<H: Host> {
     pub(super) discards: Vec<(HostOffset, u64, Reason)>,
     /// Compressed data that the tables on disk may still refer to.
     pub(super) replaced: Vec<Freed>,
+    /// When the file was last flushed for the sake of those.
+    pub(super) flushed_for_replaced: Option<Instant>,
 }
 
 impl<H: Host> Refcounts<H> {
@@ -111,6 +115,7 @@ impl<H: Host> Refcounts<H> {
             packed_end: None,
             discards: Vec::new(),
             replaced: Vec::new(),
+            flushed_for_replaced: None,
         }
     }
 

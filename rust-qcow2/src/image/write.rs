@@ -220,6 +220,10 @@ impl<H: Host> Image<H> {
             return Ok(None);
         };
         self.ensure_usable()?;
+        if !st.refcounts.replaced.is_empty() {
+            // What this request is counted in for it could not use itself.
+            self.reclaim(st)?;
+        }
         let token = self.inflight.enter();
         let at = self.entry_for_change(st, guest)?;
         let entry = at.slice.get(at.index);
