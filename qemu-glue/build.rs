@@ -281,7 +281,11 @@ fn watch(source: &Path, build: &Path) {
         "include/block/thread-pool.h",
         "include/crypto/block.h",
     ];
-    let generated = ["config-host.h", "qapi/qapi-types-block-core.h"];
+    let generated = [
+        "config-host.h",
+        "qapi/qapi-types-block-core.h",
+        "trace/trace-block.h",
+    ];
     for path in headers
         .iter()
         .map(|name| source.join(name))

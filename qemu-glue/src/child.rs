@@ -85,7 +85,8 @@ impl Child {
         })
     }
 
-    fn node(&self) -> *mut sys::BlockDriverState {
+    /// The node of the file.
+    pub(crate) fn node(&self) -> *mut sys::BlockDriverState {
         // SAFETY: the child is alive (see `Child`).
         unsafe { (*self.child).bs }
     }

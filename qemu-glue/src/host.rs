@@ -1,13 +1,13 @@
 //! What QEMU is to an image: [`rust_qcow2::host::Host`] over a block node.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_int};
 use std::io::Write as _;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rust_qcow2::format::header::Encryption;
-use rust_qcow2::host::{Corruption, Crypt, CryptoHeader, Event, Host, Task};
+use rust_qcow2::host::{Corruption, Crypt, CryptoHeader, Event, Host, ReadPiece, ServedFrom, Task};
 use rust_qcow2::image::Image;
 use rust_qcow2::{Error, Result};
 
@@ -227,6 +227,43 @@ impl Host for Qemu {
     #[inline]
     fn event(&self, event: Event) {
         self.file().tell(blkdebug_event(event));
+    }
+
+    #[inline]
+    fn traces_reads(&self) -> bool {
+        // SAFETY: reads a flag.
+        unsafe { sys::rq_traces_reads() }
+    }
+
+    fn trace_read(&self, piece: &ReadPiece<'_, Self>) {
+        let (what, depth, file, offset) = match piece.what {
+            ServedFrom::Image {
+                host,
+                depth,
+                offset,
+                compressed,
+            } => {
+                let what = if compressed { c"compressed" } else { c"data" };
+                let child = host.data_file().unwrap_or_else(|| host.file());
+                (what, depth, child.node(), offset.0)
+            }
+            ServedFrom::Zeroes => (c"zeroes", None, ptr::null_mut(), 0),
+            ServedFrom::Below { depth } => (c"below", Some(depth), ptr::null_mut(), piece.guest.0),
+        };
+        let depth = depth.and_then(|depth| c_int::try_from(depth).ok());
+        // SAFETY: the nodes are open: a request on them is in flight, and the
+        // layer is held by it.
+        unsafe {
+            sys::rq_trace_read(
+                self.bs,
+                piece.guest.0,
+                piece.len,
+                what.as_ptr(),
+                depth.unwrap_or(-1),
+                file,
+                offset,
+            );
+        }
     }
 
     fn report(&self, error: &Error) {

@@ -10,6 +10,7 @@
 #include "block/graph-lock.h"
 #include "qemu/coroutine_int.h"
 #include "qemu/timer.h"
+#include "trace/trace-block.h"
 
 #define OPT(n, t, h) { .name = n, .type = QEMU_OPT_##t, .help = h }
 #define OPT_DEFAULT(n, t, h, d) \
@@ -263,4 +264,22 @@ void rq_graph_rdlock_main_loop(void)
 void rq_graph_rdunlock_main_loop(void)
 {
     bdrv_graph_rdunlock_main_loop();
+}
+
+void rq_trace_open(BlockDriverState *bs)
+{
+    trace_rqcow2_open(bs, bs->file->bs->filename);
+}
+
+bool rq_traces_reads(void)
+{
+    return trace_event_get_state_backends(TRACE_RQCOW2_READ);
+}
+
+void rq_trace_read(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
+                   const char *what, int depth, BlockDriverState *file,
+                   uint64_t host)
+{
+    trace_rqcow2_read(bs, offset, bytes, what, depth,
+                      file ? file->filename : "-", host);
 }

@@ -82,4 +82,14 @@ void rq_qemu_iovec_init_buf(QEMUIOVector *qiov, void *buf, size_t len);
 void rq_graph_rdlock_main_loop(void);
 void rq_graph_rdunlock_main_loop(void);
 
+/*
+ * Trace events: that bs is open, and what serves a piece of a read from it.
+ * file is where the data are, NULL where they are in none.
+ */
+void rq_trace_open(BlockDriverState *bs);
+bool rq_traces_reads(void);
+void rq_trace_read(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
+                   const char *what, int depth, BlockDriverState *file,
+                   uint64_t host);
+
 #endif

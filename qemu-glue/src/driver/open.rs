@@ -33,6 +33,7 @@ pub(super) unsafe extern "C" fn open(
         }
         // SAFETY: as above; errp is not set.
         unsafe {
+            sys::rq_trace_open(bs);
             match open_node(bs, options, open_flags(flags)) {
                 Ok(()) => 0,
                 Err(error) => {

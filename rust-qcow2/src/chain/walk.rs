@@ -1,5 +1,6 @@
 //! From the top down to the layer that has the data.
 
+use std::ptr;
 use std::sync::Arc;
 
 use arc_swap::Guard;
@@ -9,7 +10,7 @@ use super::index::{Index, SLICE_ENTRIES, Slice};
 use super::view::View;
 use crate::error::Result;
 use crate::format::entry::{CompressedExtent, Mapping};
-use crate::host::{Buf, File, GuestBuf, Host};
+use crate::host::{Buf, File, GuestBuf, Host, ReadPiece, ServedFrom};
 use crate::image::{Held, Image, Run, Token};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -110,6 +111,39 @@ impl<H: Host> Found<'_, H> {
             }
             Source::Below(file) => file.read(guest.0, bytes),
         }
+    }
+}
+
+impl<H: Host> Found<'_, H> {
+    /// Tells the host of `top`, through which it was found, what serves the
+    /// range, whose first byte is `guest`.
+    #[cold]
+    pub(crate) fn trace(&self, top: &Image<H>, guest: GuestOffset) {
+        let view = top.view();
+        let (image, offset, compressed) = match &self.source {
+            Source::Own(image, host, _) => (Some(*image), *host, false),
+            Source::Layer(held, host) => (Some(held.image()), *host, false),
+            Source::Packed(keeper, extent) => (Some(keeper.image()), extent.offset, true),
+            Source::Zero | Source::Below(_) => (None, HostOffset(0), false),
+        };
+        let what = match image {
+            Some(image) => ServedFrom::Image {
+                host: image.host(),
+                depth: if ptr::eq(image, top) {
+                    Some(0)
+                } else {
+                    view.position(image).map(|at| view.layers.len() - at)
+                },
+                offset,
+                compressed,
+            },
+            None if matches!(self.source, Source::Zero) => ServedFrom::Zeroes,
+            None => ServedFrom::Below {
+                depth: view.layers.len() + 1,
+            },
+        };
+        let len = self.len;
+        top.host().trace_read(&ReadPiece { guest, len, what });
     }
 }
 

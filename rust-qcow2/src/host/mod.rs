@@ -16,7 +16,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::format::header::Encryption;
 use crate::image::Image;
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 use lock_api::MutexGuard;
 
 /// The guest memory of one request on the files of `H`.
@@ -120,6 +120,15 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// inject errors there. Costs nothing where nobody listens.
     fn event(&self, _event: Event) {}
 
+    /// Whether [`Host::trace_read`] is of use to anybody. Asked for each request.
+    fn traces_reads(&self) -> bool {
+        false
+    }
+
+    /// Tells, on the host of the image that is read, where a piece of a guest's
+    /// read is served from. Never suspends the caller.
+    fn trace_read(&self, _piece: &ReadPiece<'_, Self>) {}
+
     /// Tells the user of a failure that ends an operation only later, or not.
     fn report(&self, error: &Error);
 
@@ -138,6 +147,38 @@ pub struct CryptoHeader {
     pub offset: HostOffset,
     /// Bytes.
     pub len: u64,
+}
+
+/// A piece of a read, and what serves it: see [`Host::trace_read`].
+pub struct ReadPiece<'a, H> {
+    /// First byte.
+    pub guest: GuestOffset,
+    /// Bytes.
+    pub len: u64,
+    /// What is there.
+    pub what: ServedFrom<'a, H>,
+}
+
+/// What serves a piece of a read.
+pub enum ServedFrom<'a, H> {
+    /// A file of an image, this one or one below.
+    Image {
+        /// The surroundings of that image.
+        host: &'a H,
+        /// Images above it; `None` where the chain has changed since.
+        depth: Option<usize>,
+        /// Where in its file, or in its external data file.
+        offset: HostOffset,
+        /// Whether the cluster is compressed.
+        compressed: bool,
+    },
+    /// Nothing: they are zeroes.
+    Zeroes,
+    /// What is below the last image of this kind.
+    Below {
+        /// Images above it.
+        depth: usize,
+    },
 }
 
 /// What [`Host::crypt`] does.

@@ -23,12 +23,16 @@ impl<H: Host> Image<H> {
         if len == 0 {
             return Ok(());
         }
+        let traced = self.host.traces_reads();
         let first = find(self, guest, len)?;
         if first.len == len {
+            if traced {
+                first.trace(self, guest);
+            }
             return first.read_guest(guest, buf, at);
         }
         drop(first);
-        self.read_pieces(guest, len, buf, at)
+        self.read_pieces(guest, len, buf, at, traced)
     }
 
     /// Reads a range that comes from several places: some of them at a time,
@@ -39,11 +43,15 @@ impl<H: Host> Image<H> {
         mut len: u64,
         buf: GuestBuf<'_, H>,
         mut at: usize,
+        traced: bool,
     ) -> Result<()> {
         while len > 0 {
             let mut tasks: Vec<Task<'_>> = Vec::new();
             while len > 0 && tasks.len() < MAX_PIECES {
                 let found = find(self, guest, len)?;
+                if traced {
+                    found.trace(self, guest);
+                }
                 let (piece, place) = (guest, at);
                 guest = guest.add(found.len);
                 at += found.len as usize;

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char};
 use std::ptr;
 
-use rust_qcow2::{Error, Result};
+use rust_qcow2::Result;
 
 use crate::error::caught;
 use crate::options::text;
