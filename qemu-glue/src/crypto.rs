@@ -56,10 +56,12 @@ fn format_name(encryption: Encryption) -> &'static str {
     }
 }
 
-/// What the callbacks need to find the header of an image that is opened.
-struct Reading {
+/// What the callbacks need to find the header.
+struct Place<'a> {
     file: Child,
-    header: CryptoHeader,
+    header: Option<CryptoHeader>,
+    /// The image, where the header has still to be made.
+    image: Option<&'a Image<Qemu>>,
 }
 
 /// The place of `len` bytes at `offset` of a header.
@@ -99,13 +101,14 @@ unsafe extern "C" fn read_header(
     errp: ErrorPtr,
 ) -> c_int {
     contain("reading the encryption header", -1, || {
-        // SAFETY: the pointer is that of `Cipher::open`, the memory as long as
-        // said, and we are in a coroutine under the graph lock.
+        // SAFETY: the pointer is that of the function that waits for this, the
+        // memory as long as said, and we are in a coroutine under the graph
+        // lock.
         unsafe {
-            let reading = &*opaque.cast_const().cast::<Reading>();
+            let access = &*opaque.cast_const().cast::<Place<'_>>();
             let bytes = slice::from_raw_parts_mut(buf, len);
-            let result = place(Some(reading.header), offset, len).and_then(|at| {
-                let read = reading.file.read(at, bytes);
+            let result = place(access.header, offset, len).and_then(|at| {
+                let read = access.file.read(at, bytes);
                 read.map_err(|error| error.context("Could not read encryption header"))
             });
             answer(result, errp)
@@ -177,8 +180,11 @@ impl Cipher {
             parsed = unsafe { sys::block_crypto_open_opts_init(options.as_ptr(), errp) };
             if parsed.is_null() { -libc::EINVAL } else { 0 }
         })?;
-        let reading = header.map(|header| Reading { file, header });
-        let reading = reading.as_ref().map_or(ptr::null(), ptr::from_ref);
+        let mut access = Place {
+            file,
+            header,
+            image: None,
+        };
         let flags = if no_io {
             sys::QCRYPTO_BLOCK_OPEN_NO_IO
         } else {
@@ -193,7 +199,7 @@ impl Cipher {
                     parsed,
                     c"encrypt.".as_ptr(),
                     Some(read_header),
-                    reading.cast_mut().cast(),
+                    (&raw mut access).cast(),
                     flags,
                     errp,
                 )
@@ -218,6 +224,45 @@ impl Cipher {
         // SAFETY: in a coroutine; `task` lives until the thread is done.
         let ret = unsafe { sys::thread_pool_submit_co(Some(work), (&raw mut task).cast()) };
         check(ret).map(drop).map_err(|_| Error::errno(libc::EIO))
+    }
+
+    /// Changes the keys in the header.
+    ///
+    /// # Errors
+    /// Those of QEMU, in its words.
+    ///
+    /// # Safety
+    /// Called in a coroutine that holds the graph lock for reading; `options`
+    /// are complete.
+    pub(crate) unsafe fn amend(
+        &self,
+        file: Child,
+        header: Option<CryptoHeader>,
+        options: *mut sys::QCryptoBlockAmendOptions,
+        force: bool,
+    ) -> Result<()> {
+        let mut access = Place {
+            file,
+            header,
+            image: None,
+        };
+        caught(|errp| {
+            // SAFETY: promised by the caller; what the callbacks are passed
+            // lives as long as the call.
+            let ret = unsafe {
+                sys::qcrypto_block_amend_options(
+                    self.0,
+                    Some(read_header),
+                    Some(write_header),
+                    (&raw mut access).cast(),
+                    options,
+                    force,
+                    errp,
+                )
+            };
+            if ret < 0 { -libc::EPERM } else { 0 }
+        })
+        .map(drop)
     }
 
     /// What is to be told of it; the caller frees it.
@@ -260,12 +305,6 @@ pub(crate) unsafe fn header_size(opts: *mut sys::QemuOpts) -> Result<u64> {
     }
 }
 
-/// What the callbacks have to do with an image that becomes encrypted.
-struct Creating<'a> {
-    image: &'a Image<Qemu>,
-    header: Option<CryptoHeader>,
-}
-
 unsafe extern "C" fn init_header(
     _block: *mut sys::QCryptoBlock,
     len: usize,
@@ -275,9 +314,12 @@ unsafe extern "C" fn init_header(
     contain("making the encryption header", -1, || {
         // SAFETY: the pointer is that of `create`, which waits for this.
         unsafe {
-            let creating = &mut *opaque.cast::<Creating<'_>>();
-            let made = creating.image.allocate_crypto_header(len as u64);
-            let result = made.map(|header| creating.header = Some(header));
+            let access = &mut *opaque.cast::<Place<'_>>();
+            let made = match access.image {
+                Some(image) => image.allocate_crypto_header(len as u64),
+                None => Err(Error::errno(libc::EINVAL)),
+            };
+            let result = made.map(|header| access.header = Some(header));
             answer(
                 result.map_err(|error| {
                     error.context(format!(
@@ -301,10 +343,10 @@ unsafe extern "C" fn write_header(
     contain("writing the encryption header", -1, || {
         // SAFETY: as for `init_header`; the memory is as long as said.
         unsafe {
-            let creating = &*opaque.cast_const().cast::<Creating<'_>>();
+            let access = &*opaque.cast_const().cast::<Place<'_>>();
             let bytes = slice::from_raw_parts(buf, len);
-            let result = place(creating.header, offset, len).and_then(|at| {
-                let written = creating.image.host().file().write(at, bytes);
+            let result = place(access.header, offset, len).and_then(|at| {
+                let written = access.file.write(at, bytes);
                 written.map_err(|error| error.context("Could not read encryption header"))
             });
             answer(result, errp)
@@ -330,9 +372,10 @@ pub(crate) unsafe fn create(
         sys::QCRYPTO_BLOCK_FORMAT_QCOW => Encryption::Aes,
         _ => return Err(Error::invalid("Crypto format not supported in qcow2")),
     };
-    let mut creating = Creating {
-        image,
+    let mut access = Place {
+        file: image.host().file(),
         header: None,
+        image: Some(image),
     };
     caught(|errp| {
         // SAFETY: what the callbacks are passed lives as long as the call.
@@ -342,7 +385,7 @@ pub(crate) unsafe fn create(
                 c"encrypt.".as_ptr(),
                 Some(init_header),
                 Some(write_header),
-                (&raw mut creating).cast(),
+                (&raw mut access).cast(),
                 0,
                 errp,
             );
@@ -354,6 +397,6 @@ pub(crate) unsafe fn create(
         0
     })?;
     image
-        .record_encryption(encryption, creating.header)
+        .record_encryption(encryption, access.header)
         .map_err(|error| error.context("Could not write encryption header"))
 }

@@ -68,6 +68,15 @@ pub(crate) unsafe fn prepend(errp: ErrorPtr, text: &CStr) {
     unsafe { sys::rq_error_prepend(errp, text.as_ptr()) };
 }
 
+/// Adds a line of advice to the error in `*errp`.
+///
+/// # Safety
+/// As for [`prepend`].
+pub(crate) unsafe fn append_hint(errp: ErrorPtr, text: &CStr) {
+    // SAFETY: as above.
+    unsafe { sys::rq_error_append_hint(errp, text.as_ptr()) };
+}
+
 /// Tells the user what `error` says, behind `what` if it has no sentence.
 pub(crate) fn report(error: &Error, what: &str) {
     report_text(&error.clone().context(what.to_owned()).to_string());

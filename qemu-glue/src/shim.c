@@ -95,6 +95,21 @@ const char *const rq_strong_runtime_opts[] = {
     NULL
 };
 
+/* What can be set when an image is created, and amended later. */
+#define COMMON_OPTIONS \
+    OPT(BLOCK_OPT_SIZE, SIZE, "Virtual disk size"), \
+    OPT(BLOCK_OPT_COMPAT_LEVEL, STRING, \
+        "Compatibility level (v2 [0.10] or v3 [1.1])"), \
+    OPT(BLOCK_OPT_BACKING_FILE, STRING, "File name of a base image"), \
+    OPT(BLOCK_OPT_BACKING_FMT, STRING, "Image format of the base image"), \
+    OPT(BLOCK_OPT_DATA_FILE, STRING, "File name of an external data file"), \
+    OPT(BLOCK_OPT_DATA_FILE_RAW, BOOL, \
+        "The external data file must stay valid as a raw image"), \
+    OPT_DEFAULT(BLOCK_OPT_LAZY_REFCOUNTS, BOOL, \
+                "Postpone refcount updates", "off"), \
+    OPT_DEFAULT(BLOCK_OPT_REFCOUNT_BITS, NUMBER, \
+                "Width of a reference count entry in bits", "16")
+
 /*
  * The names and texts are those of the qcow2 driver: management tools and
  * "qemu-img create -o help" know them. What is not served is refused when an
@@ -126,18 +141,21 @@ QemuOptsList rq_create_opts = {
         OPT_DEFAULT(BLOCK_OPT_COMPRESSION_TYPE, STRING,
                     "Compression method used for image cluster compression",
                     "zlib"),
-        OPT(BLOCK_OPT_SIZE, SIZE, "Virtual disk size"),
-        OPT(BLOCK_OPT_COMPAT_LEVEL, STRING,
-            "Compatibility level (v2 [0.10] or v3 [1.1])"),
-        OPT(BLOCK_OPT_BACKING_FILE, STRING, "File name of a base image"),
-        OPT(BLOCK_OPT_BACKING_FMT, STRING, "Image format of the base image"),
-        OPT(BLOCK_OPT_DATA_FILE, STRING, "File name of an external data file"),
-        OPT(BLOCK_OPT_DATA_FILE_RAW, BOOL,
-            "The external data file must stay valid as a raw image"),
-        OPT_DEFAULT(BLOCK_OPT_LAZY_REFCOUNTS, BOOL,
-                    "Postpone refcount updates", "off"),
-        OPT_DEFAULT(BLOCK_OPT_REFCOUNT_BITS, NUMBER,
-                    "Width of a reference count entry in bits", "16"),
+        COMMON_OPTIONS,
+        { /* end of list */ }
+    }
+};
+
+QemuOptsList rq_amend_opts = {
+    .name = "rqcow2-amend-opts",
+    .head = QTAILQ_HEAD_INITIALIZER(rq_amend_opts.head),
+    .desc = {
+        BLOCK_CRYPTO_OPT_DEF_LUKS_STATE("encrypt."),
+        BLOCK_CRYPTO_OPT_DEF_LUKS_KEYSLOT("encrypt."),
+        BLOCK_CRYPTO_OPT_DEF_LUKS_OLD_SECRET("encrypt."),
+        BLOCK_CRYPTO_OPT_DEF_LUKS_NEW_SECRET("encrypt."),
+        BLOCK_CRYPTO_OPT_DEF_LUKS_ITER_TIME("encrypt."),
+        COMMON_OPTIONS,
         { /* end of list */ }
     }
 };
@@ -160,6 +178,12 @@ void rq_error_prepend(Error **errp, const char *text)
 {
     ERRP_GUARD();
     error_prepend(errp, "%s", text);
+}
+
+void rq_error_append_hint(Error **errp, const char *text)
+{
+    ERRP_GUARD();
+    error_append_hint(errp, "%s\n", text);
 }
 
 void rq_error_report(const char *text, int len)

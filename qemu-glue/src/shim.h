@@ -32,6 +32,7 @@
 /* Options of an open image and of a new one. */
 extern QemuOptsList rq_runtime_opts;
 extern QemuOptsList rq_create_opts;
+extern QemuOptsList rq_amend_opts;
 extern const char *const rq_mutable_opts[];
 extern const char *const rq_strong_runtime_opts[];
 
@@ -46,6 +47,9 @@ void rq_error_hint(Error **errp, const char *text, int len);
 
 /* Puts text in front of what *errp says. */
 void rq_error_prepend(Error **errp, const char *text);
+
+/* Adds a line of advice to what *errp says. */
+void rq_error_append_hint(Error **errp, const char *text);
 
 /* error_report() of len bytes. */
 void rq_error_report(const char *text, int len);

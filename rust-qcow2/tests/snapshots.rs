@@ -1,10 +1,12 @@
-//! Internal snapshots: random operations beside a model of the disk and of all
-//! snapshots, and crashes between any two writes.
+//! Internal snapshots and amend: random operations beside a model of the disk
+//! and of all snapshots, and crashes between any two writes.
 
 mod common;
 
 use common::{Shape, create, open, read, write};
 use proptest::prelude::*;
+use rust_qcow2::Error;
+use rust_qcow2::format::refcount::RefcountOrder;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::host::{File, Preallocation, ZeroFlags};
 use rust_qcow2::image::check::Fix;
@@ -32,6 +34,8 @@ enum Op {
     Flush,
     Reopen,
     Empty,
+    Width(u32),
+    Version(u32),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -48,6 +52,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Flush),
         1 => Just(Op::Reopen),
         1 => Just(Op::Empty),
+        1 => (0..=6u32).prop_map(Op::Width),
+        2 => (2..=3u32).prop_map(Op::Version),
     ]
 }
 
@@ -104,9 +110,14 @@ impl Run {
                     may_unmap: number % 2 == 0,
                     no_fallback: false,
                 };
-                self.image
-                    .write_zeroes(GuestOffset(at), end - at, flags)
-                    .unwrap();
+                if self.image.info().version < 3 {
+                    // Without marks for zeroes; the block layer does that.
+                    write(&self.image, at, &vec![0; (end - at) as usize]).unwrap();
+                } else {
+                    self.image
+                        .write_zeroes(GuestOffset(at), end - at, flags)
+                        .unwrap();
+                }
                 self.model.disk[at as usize..end as usize].fill(0);
             }
             Op::Discard { sector, count } => {
@@ -122,11 +133,18 @@ impl Run {
             Op::Apply(index) => {
                 if let Some((id, content)) = self.pick(index) {
                     let size = self.image.snapshot_disk_size(&id).unwrap();
-                    self.image
-                        .resize(size, true, Preallocation::Off, false)
-                        .unwrap();
-                    self.image.apply_snapshot(&id).unwrap();
-                    self.model.disk = content;
+                    if size != self.image.size() {
+                        self.image
+                            .resize(size, true, Preallocation::Off, true)
+                            .unwrap();
+                    }
+                    match self.image.apply_snapshot(&id) {
+                        Ok(()) => self.model.disk = content,
+                        Err(error) => {
+                            self.out_of_counts(&error);
+                            self.model.disk.resize(size as usize, 0);
+                        }
+                    }
                 }
             }
             Op::Delete(index) => {
@@ -135,6 +153,8 @@ impl Run {
                     self.model.snapshots.retain(|(other, _)| *other != id);
                 }
             }
+            // Not in version 2 with snapshots.
+            Op::Resize(_) if self.image.info().version < 3 && !self.model.snapshots.is_empty() => {}
             Op::Resize(size) => {
                 self.image
                     .resize(size, true, Preallocation::Off, true)
@@ -153,6 +173,31 @@ impl Run {
                 self.image.make_empty().unwrap();
                 self.model.disk.fill(0);
             }
+            Op::Width(order) => {
+                let order = RefcountOrder::new(order).unwrap();
+                match self.image.change_refcount_width(order, &mut |_, _| ()) {
+                    Ok(old) => {
+                        self.image = open(&self.file, None, &self.options);
+                        self.image.release(old).unwrap();
+                    }
+                    // Not in version 2, nor where a count is larger.
+                    Err(error) => assert_eq!(error.code(), libc::EINVAL),
+                }
+            }
+            Op::Version(version) => self.change_version(version),
+        }
+    }
+
+    fn change_version(&mut self, version: u32) {
+        let result = match (self.image.info().version, version) {
+            (3, 2) => self.image.downgrade(&mut |_, _| ()),
+            (2, 3) => self.image.upgrade(&mut |_, _| ()),
+            _ => return,
+        };
+        match result {
+            Ok(()) => self.image = open(&self.file, None, &self.options),
+            // Subclusters, other widths, snapshots of other sizes.
+            Err(error) => assert_eq!(error.code(), libc::ENOTSUP),
         }
     }
 
@@ -169,12 +214,14 @@ impl Run {
         };
         match self.image.create_snapshot(&new) {
             Ok(id) => self.model.snapshots.push((id, self.model.disk.clone())),
-            // Small refcounts end somewhere. The space of the attempt is lost.
-            Err(error) => {
-                assert_eq!(error.code(), libc::EINVAL);
-                self.image.check(ALL, &mut |_| ()).unwrap();
-            }
+            Err(error) => self.out_of_counts(&error),
         }
+    }
+
+    /// Small refcounts end somewhere. The space of the attempt is lost.
+    fn out_of_counts(&self, error: &Error) {
+        assert_eq!(error.code(), libc::EINVAL);
+        self.image.check(ALL, &mut |_| ()).unwrap();
     }
 
     fn pick(&self, index: usize) -> Option<(Vec<u8>, Vec<u8>)> {

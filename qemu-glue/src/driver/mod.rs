@@ -3,6 +3,7 @@
 //! Each callback converts types and error numbers and calls the image; what
 //! is done is done in `rust-qcow2`.
 
+mod amend;
 mod bitmaps;
 mod create;
 mod info;
@@ -107,6 +108,7 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         is_format: true,
         supports_backing: true,
         create_opts: &raw mut sys::rq_create_opts,
+        amend_opts: &raw mut sys::rq_amend_opts,
         mutable_opts: (&raw const sys::rq_mutable_opts).cast(),
         strong_runtime_opts: (&raw const sys::rq_strong_runtime_opts).cast(),
 
@@ -137,6 +139,8 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_co_create: Some(create::co_create),
         bdrv_co_create_opts: Some(create::co_create_opts),
         bdrv_measure: Some(measure::measure),
+        bdrv_amend_options: Some(amend::amend_options),
+        bdrv_co_amend: Some(amend::co_amend),
 
         bdrv_co_truncate: Some(manage::truncate),
         bdrv_co_change_backing_file: Some(manage::change_backing_file),

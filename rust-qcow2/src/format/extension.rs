@@ -78,7 +78,10 @@ impl Extensions {
         let mut result = Self::default();
         let mut rest = bytes;
         let mut offset = start;
-        while rest.len() >= 8 {
+        while !rest.is_empty() {
+            if rest.len() < 8 {
+                return Err(Error::invalid("Header extension too large"));
+            }
             let kind = u32::from_be_bytes([rest[0], rest[1], rest[2], rest[3]]);
             let len = u32::from_be_bytes([rest[4], rest[5], rest[6], rest[7]]) as usize;
             offset += 8;

@@ -135,7 +135,18 @@ impl<H: Host> Image<H> {
     /// Lowers refcounts. Where they are damaged the user is told, and the
     /// clusters stay allocated: that costs space, and no data.
     fn free_now(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64, reason: Reason) {
-        if let Err(error) = self.change_refcount(st, offset, len, Change::Sub(1), reason) {
+        let waiting = if self.l2.is_clean() {
+            Ok(())
+        } else {
+            self.refcounts_wait_for_l2(st)
+        };
+        if waiting.is_err() && !self.is_broken() {
+            // What keeps tables from being written is told when they should be.
+            return;
+        }
+        let freed =
+            waiting.and_then(|()| self.change_refcount(st, offset, len, Change::Sub(1), reason));
+        if let Err(error) = freed {
             // Without the name of the program, as it is known.
             let text = Error::with_errno(error.code(), "qcow2_free_clusters failed");
             let _ = writeln!(std::io::stderr(), "{text}");

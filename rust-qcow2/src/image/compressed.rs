@@ -10,7 +10,7 @@ use super::refcounts::{Change, Reason};
 use super::write::Allocation;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
-use crate::format::entry::{CompressedExtent, L2Entry, MetadataKind};
+use crate::format::entry::{CompressedExtent, L2Entry, MetadataKind, OFFSET_MASK};
 use crate::format::subclusters::ClusterEntry;
 use crate::host::{Buf, Event, File, GuestBuf, Host, Preallocation, Task, WaitQueue};
 use crate::units::{GuestOffset, HostOffset, round_up};
@@ -114,7 +114,8 @@ impl<H: Host> Image<H> {
         let at = self.entry_for_change(&mut st, guest)?;
         let entry = at.slice.get(at.index);
         self.ensure_good_entry(&mut st, guest, entry)?;
-        if entry.entry.copied() {
+        // Compression does not overwrite anything.
+        if entry.entry.0 & OFFSET_MASK != 0 {
             return Err(Error::errno(libc::EIO));
         }
         let host = self.allocate_bytes(&mut st, len)?;

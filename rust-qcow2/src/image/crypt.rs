@@ -168,6 +168,13 @@ impl<H: Host> Image<H> {
         Ok(CryptoHeader { offset, len })
     }
 
+    /// Where the header of the encryption is.
+    pub fn crypto_header(&self) -> Option<CryptoHeader> {
+        let shared = self.shared.read();
+        let found = encryption_of(&shared.header, shared.extensions.crypto_header.as_deref());
+        found.ok().flatten().and_then(|(_, header)| header)
+    }
+
     /// Records in a new image how it is encrypted. It has to be opened anew to
     /// be used.
     ///

@@ -278,7 +278,7 @@ impl<H: Host> Image<H> {
             }
         }
         if entry.table().is_none() || !entry.copied() {
-            self.allocate_l2(st, index)?;
+            return self.allocate_l2(st, guest);
         }
         match self.entry_at(st, guest)? {
             Some(at) => Ok(at),
@@ -286,23 +286,23 @@ impl<H: Host> Image<H> {
         }
     }
 
-    /// Gives L1 entry `index` an L2 table of its own: empty, or a copy of the
-    /// one it shares.
-    fn allocate_l2(&self, st: &mut StateGuard<'_, H>, index: u64) -> Result<()> {
+    /// Gives the L1 entry for `guest` an L2 table of its own: empty, or a copy
+    /// of the one it shares.
+    fn allocate_l2(&self, st: &mut StateGuard<'_, H>, guest: GuestOffset) -> Result<SliceAt> {
         let size = self.geometry.cluster_size();
+        let index = self.geometry.l1_index(guest);
         let old = self.l1.get(index).table();
         let table = self.allocate(st, size)?;
         if table.0 == 0 {
             let message = "Preventing invalid allocation of L2 table at offset 0".to_owned();
             return Err(self.corrupt(st, true, None, None, message));
         }
-        let result = self.link_l2(st, index, old, table);
-        match result {
-            Ok(()) => {
+        match self.link_l2(st, index, old, table) {
+            Ok(bytes) => {
                 if let Some(old) = old {
                     self.free_table(st, old, size);
                 }
-                Ok(())
+                self.cache_new_slice(st, guest, table, &bytes)
             }
             Err(error) => {
                 self.free(st, table, size, Reason::Always);
@@ -311,13 +311,33 @@ impl<H: Host> Image<H> {
         }
     }
 
+    /// Puts the slice for `guest` of a table that was just written into the
+    /// cache.
+    fn cache_new_slice(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        guest: GuestOffset,
+        table: HostOffset,
+        bytes: &[u8],
+    ) -> Result<SliceAt> {
+        while let Room::Dirty(victim) = self.l2.make_room() {
+            self.write_slice(st, &victim)?;
+        }
+        let (offset, index) = self.slice_position(table, guest);
+        let start = (offset.0 - table.0) as usize;
+        let bytes = &bytes[start..start + self.l2.slice_size()];
+        let slice = L2Slice::from_bytes(offset, bytes, self.geometry.has_subclusters());
+        let slice = self.l2.insert(slice);
+        Ok(SliceAt { slice, index })
+    }
+
     fn link_l2(
         &self,
         st: &mut StateGuard<'_, H>,
         index: u64,
         old: Option<HostOffset>,
         table: HostOffset,
-    ) -> Result<()> {
+    ) -> Result<H::Aligned> {
         let size = self.geometry.cluster_size();
         let file = self.host.file();
         // The new table's refcount is on disk before anything points to it.
@@ -339,7 +359,7 @@ impl<H: Host> Image<H> {
             return Err(error);
         }
         self.note_metadata(table, MetadataKind::ACTIVE_L2);
-        Ok(())
+        Ok(bytes)
     }
 
     /// Writes the part of the L1 table around one entry, after all that was
@@ -383,16 +403,25 @@ impl<H: Host> Image<H> {
         let cluster = guest.align_down(self.geometry.cluster_bits);
         let mapping = self.geometry.mapping(entry.entry);
         let contradicts = self.geometry.has_subclusters() && entry.contradicts_itself(mapping);
+        let unaligned = |at: HostOffset| !at.is_aligned(self.geometry.cluster_bits);
+        let owned = purpose == Purpose::Write && entry.entry.copied();
         let message = match mapping {
+            Mapping::Normal(at) if owned && unaligned(at) => format!(
+                "Data cluster offset {:#x} unaligned (guest offset: {})",
+                at.0,
+                Hex(guest.0)
+            ),
+            Mapping::ZeroAllocated(at) if owned && unaligned(at) => format!(
+                "Preallocated zero cluster offset {:#x} unaligned (guest offset: {})",
+                at.0,
+                Hex(guest.0)
+            ),
             Mapping::Compressed if self.has_data_file() => format!(
                 "Compressed cluster entry found in image with external data file (L2 offset: \
                  {:#x}, L2 index: {index})",
                 table.0
             ),
-            Mapping::Normal(at)
-                if !at.is_aligned(self.geometry.cluster_bits)
-                    && (purpose == Purpose::Read || !contradicts) =>
-            {
+            Mapping::Normal(at) if unaligned(at) && (purpose == Purpose::Read || !contradicts) => {
                 format!(
                     "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 index: \
                      {index})",
@@ -400,9 +429,7 @@ impl<H: Host> Image<H> {
                 )
             }
             Mapping::Normal(at) | Mapping::ZeroAllocated(at)
-                if self.has_data_file()
-                    && at.is_aligned(self.geometry.cluster_bits)
-                    && at != HostOffset(cluster.0) =>
+                if self.has_data_file() && !unaligned(at) && at != HostOffset(cluster.0) =>
             {
                 format!(
                     "External data file host cluster offset {:#x} does not match guest cluster \

@@ -17,6 +17,7 @@
 //! metadata writes, `check` verifies and repairs.
 
 mod alloc;
+pub mod amend;
 pub mod bitmaps;
 pub mod check;
 mod compressed;
@@ -265,7 +266,8 @@ impl<H: Host> Image<H> {
     /// Fails with `EIO` once the image is known to be unusable.
     fn ensure_usable(&self) -> Result<()> {
         if self.is_broken() {
-            Err(Error::errno(libc::EIO))
+            // It is like a drive without a disk.
+            Err(Error::errno(libc::ENOMEDIUM))
         } else {
             Ok(())
         }

@@ -8,7 +8,7 @@ use rustc_hash::FxHashMap;
 
 use super::open::read_table;
 use super::{Image, StateGuard};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, MetadataKind};
 use crate::format::geometry::MAX_L1_BYTES;
 use crate::host::Host;
@@ -178,6 +178,8 @@ impl<H: Host> Image<H> {
             if !with_l2 {
                 continue;
             }
+            self.validate_snapshot(snapshot)
+                .map_err(|error| Error::errno(error.code()))?;
             for entry in read_table(&self.host.file(), snapshot.l1_table_offset, l1_size)? {
                 if let Some(table) = L1Entry(entry).table() {
                     range(table.0, size, INACTIVE_L2);

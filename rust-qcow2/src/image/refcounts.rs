@@ -349,7 +349,6 @@ impl<H: Host> Image<H> {
         }
         self.make_room_for_block(st)?;
         let mut bytes = self.host.aligned(self.geometry.cluster_size() as usize)?;
-        self.host.event(Event::RefblockLoad);
         self.host.file().read(offset.0, &mut bytes)?;
         st.refcounts.insert_block(id, bytes);
         Ok(true)
@@ -389,6 +388,8 @@ impl<H: Host> Image<H> {
         if len == 0 {
             return Ok(());
         }
+        self.host.event(Event::RefblockAlloc);
+        self.host.event(Event::RefblockLoad);
         let first = self.geometry.cluster_of(offset).0;
         let last = self.geometry.cluster_of(offset.add(len - 1)).0;
         if matches!(change, Change::Sub(_)) && !self.l2.is_clean() {

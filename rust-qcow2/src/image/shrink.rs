@@ -130,11 +130,17 @@ impl<H: Host> Image<H> {
         for id in unused {
             let offset = HostOffset(before[id.0 as usize] & TABLE_OFFSET_MASK);
             let (home, _) = self.block_of(self.geometry.cluster_of(offset));
-            // Where the block that counted it has gone as well, so has the count.
             if st.refcounts.block_offset(home).is_some() {
                 self.free_table(st, offset, self.geometry.cluster_size());
-            } else {
+            } else if home == id {
+                // The count has gone with the block.
                 self.forget_metadata(offset);
+            } else {
+                let message = format!(
+                    "Refblock at {:#x} is not covered by the refcount structures",
+                    offset.0
+                );
+                return Err(self.corrupt(st, true, None, None, message));
             }
         }
         self.pass_discards(st)
@@ -145,6 +151,13 @@ impl<H: Host> Image<H> {
         let Some(offset) = st.refcounts.block_offset(id) else {
             return Ok(false);
         };
+        if !offset.is_aligned(self.geometry.cluster_bits) {
+            let message = format!(
+                "Cannot get entry from refcount block cache: Offset {:#x} is unaligned",
+                offset.0
+            );
+            return Err(self.corrupt(st, true, None, None, message));
+        }
         let first = ClusterIndex(id.0 * self.geometry.refcounts_per_block());
         let own = self.geometry.cluster_of(offset);
         let mut next = first;

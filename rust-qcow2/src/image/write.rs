@@ -1,8 +1,10 @@
 //! Writing guest data: in place, or into new clusters with copy-on-write.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::inflight::{Freed, Token};
+use super::map::SliceAt;
 use super::refcounts::Reason;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
@@ -51,7 +53,8 @@ impl<H: Host> Allocation<H> {
 impl<H: Host> Allocation<H> {
     /// Where guest bytes go.
     pub(super) fn host_of(&self, guest: GuestOffset) -> HostOffset {
-        self.host.add(guest.0 - self.start.0)
+        // The write itself may begin before, on clusters that are data already.
+        HostOffset(self.host.0 + guest.0 - self.start.0)
     }
 }
 
@@ -247,20 +250,10 @@ impl<H: Host> Image<H> {
 
         let copied = entry.entry.copied();
         let (host, reserved) = match self.geometry.mapping(entry.entry) {
-            Mapping::Normal(host)
-                if copied && self.is_all_data(&at.slice, at.index, guest, len) =>
-            {
-                let host = host.add(guest.within(bits));
-                self.ensure_free_for_data(st, host, len)?;
-                return Ok(Some(Piece {
-                    guest,
-                    len,
-                    host,
-                    allocation: None,
-                    token,
-                }));
+            Mapping::Normal(host) | Mapping::ZeroAllocated(host) if copied => {
+                self.ensure_free_for_data(st, host, count << bits)?;
+                (host, true)
             }
-            Mapping::Normal(host) | Mapping::ZeroAllocated(host) if copied => (host, true),
             _ if self.has_data_file() => (HostOffset(start.0), false),
             _ => {
                 let host;
@@ -268,33 +261,65 @@ impl<H: Host> Image<H> {
                 (host, false)
             }
         };
-        if reserved {
-            self.ensure_free_for_data(st, host, count << bits)?;
-        }
         let len = len.min((count << bits) - guest.within(bits));
-        let end = start.add(count << bits);
+        let piece = |allocation| Piece {
+            guest,
+            len,
+            host: host.add(guest.within(bits)),
+            allocation,
+            token,
+        };
+        // Clusters at either end that are data already are just written.
+        let marked = if reserved {
+            match self.to_be_marked(&at, count, guest, len) {
+                Some(marked) => marked,
+                None => return Ok(Some(piece(None))),
+            }
+        } else {
+            0..count
+        };
         let (written_start, written_end) = if self.geometry.has_subclusters() {
             self.written_range(&at.slice, at.index, guest, len, reserved)
         } else {
-            (start, end)
+            let first = if marked.start == 0 { start } else { guest };
+            let behind = start.add(count << bits);
+            let last = if marked.end == count {
+                behind
+            } else {
+                guest.add(len)
+            };
+            (first, last)
         };
         let allocation = Arc::new(Allocation {
-            start,
-            end,
-            host,
+            start: start.add(marked.start << bits),
+            end: start.add(marked.end << bits),
+            host: host.add(marked.start << bits),
             written_start,
             written_end,
             reserved,
             done: H::WaitQueue::default(),
         });
         st.allocations.0.push(Arc::clone(&allocation));
-        Ok(Some(Piece {
-            guest,
-            len,
-            host: host.add(guest.within(bits)),
-            allocation: Some(allocation),
-            token,
-        }))
+        Ok(Some(piece(Some(allocation))))
+    }
+
+    /// Which of `count` clusters from `at` on, that have their place, do not
+    /// say yet that they are data where `len` bytes at `guest` are going to be.
+    fn to_be_marked(
+        &self,
+        at: &SliceAt,
+        count: u64,
+        guest: GuestOffset,
+        len: u64,
+    ) -> Option<Range<u64>> {
+        if self.geometry.has_subclusters() {
+            let all = self.is_all_data(&at.slice, at.index, guest, len);
+            return (!all).then_some(0..count);
+        }
+        let is_zero = |i: &u64| at.slice.get(at.index + *i as usize).entry.has_zero_flag();
+        let first = (0..count).find(is_zero)?;
+        let last = (0..count).rfind(is_zero)?;
+        Some(first..last + 1)
     }
 
     /// Refuses to write guest data over metadata.
@@ -526,9 +551,10 @@ impl<H: Host> Image<H> {
             return false;
         }
         match (self.geometry.mapping(entry), entry.copied()) {
-            (Mapping::Normal(host), true) => other == L2Entry::normal(host.add(distance)),
-            (Mapping::ZeroAllocated(host), true) => {
-                other == L2Entry::zero_allocated(host.add(distance))
+            (Mapping::Normal(host) | Mapping::ZeroAllocated(host), true) => {
+                let place = host.add(distance);
+                other == L2Entry::normal(place)
+                    || !self.geometry.has_subclusters() && other == L2Entry::zero_allocated(place)
             }
             _ => {
                 let in_place = other.copied() && mapping.host_cluster().is_some();

@@ -224,6 +224,12 @@ impl<H: Host> Check<'_, '_, H> {
             .inspect_err(|_| self.report.check_errors += 1)
     }
 
+    /// Tells of a failure as of one of the program, not as a finding.
+    fn tell(&self, what: &str, error: &Error) {
+        let line = Error::invalid(format!("{what} {error}"));
+        self.image.host.report(&line);
+    }
+
     fn say(&mut self, line: fmt::Arguments<'_>) {
         (self.out)(&line.to_string());
     }

@@ -50,7 +50,7 @@ impl<H: Host> Check<'_, '_, H> {
             "snapshot table",
         );
         if let Err(error) = valid {
-            self.say(format_args!("ERROR {error}"));
+            self.tell("ERROR", &error);
             if count > MAX_SNAPSHOTS {
                 self.say(format_args!(
                     "You can force-remove all {overhanging} overhanging snapshots with qemu-img \
@@ -72,9 +72,7 @@ impl<H: Host> Check<'_, '_, H> {
         let table = match table {
             Ok(table) => table,
             Err(error) => {
-                self.say(format_args!(
-                    "ERROR failed to read the snapshot table: {error}"
-                ));
+                self.tell("ERROR failed to read the snapshot table:", &error);
                 if let Some(hint) = error.hint() {
                     self.say(format_args!("{hint}"));
                 }

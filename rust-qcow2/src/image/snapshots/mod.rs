@@ -219,7 +219,7 @@ impl<H: Host> Image<H> {
         Ok(list[index].clone())
     }
 
-    fn validate_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    pub(super) fn validate_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         self.geometry.validate_table(
             snapshot.l1_table_offset,
             u64::from(snapshot.l1_size),
@@ -231,7 +231,7 @@ impl<H: Host> Image<H> {
 
     /// Makes the file say what memory says, and makes sure that nobody is
     /// using what is going to change.
-    fn begin_change_of_snapshots(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+    pub(super) fn begin_change_of_snapshots(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         self.ensure_usable()?;
         self.await_all_allocations(st, GuestOffset(0), u64::MAX);
         if !self.inflight.is_unused() {

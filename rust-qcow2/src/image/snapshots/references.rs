@@ -5,7 +5,7 @@
 
 use super::super::refcounts::{Change, Reason};
 use super::super::{Image, StateGuard};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, MetadataKind, OFFSET_MASK};
 use crate::format::snapshots::Snapshot;
 use crate::host::{Event, File, Host};
@@ -30,7 +30,7 @@ pub(super) fn l1_bytes(l1: &[u64], flags: bool) -> Vec<u8> {
 impl<H: Host> Image<H> {
     /// Reads the L1 table of a snapshot, whose place was validated. Copied
     /// flags in it have no meaning and are left out.
-    pub(super) fn read_snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(in crate::image) fn read_snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
         let file = self.host.file();
         let size = u64::from(snapshot.l1_size);
         let mut l1 = read_table(&file, snapshot.l1_table_offset, size)?;
@@ -83,18 +83,14 @@ impl<H: Host> Image<H> {
                     Reference::Compressed(offset, len) => (offset, len),
                     Reference::Cluster(offset) => {
                         if !offset.is_aligned(self.geometry.cluster_bits) {
-                            let message = format!(
-                                "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 \
-                                 index: {})",
-                                offset.0,
-                                table.0,
-                                Hex(i as u64)
-                            );
-                            return Err(self.corrupt(st, true, None, None, message));
+                            return Err(self.unaligned_cluster(st, offset, table, i));
                         }
                         (offset, size)
                     }
                 };
+                if matches!(change, Change::Add(_)) {
+                    self.ensure_counted(st, offset)?;
+                }
                 self.change_refcount(st, offset, len, change, Reason::Snapshot)?;
             }
             self.change_refcount(st, table, size, change, Reason::Snapshot)?;
@@ -154,8 +150,36 @@ impl<H: Host> Image<H> {
         self.write_pointer(st, MetadataKind::ACTIVE_L1, offset, &l1_bytes(l1, true))
     }
 
+    /// A cluster that something refers to is counted: there is a block for it.
+    /// In a damaged image one is made, as far as it can be, and `EAGAIN` is what
+    /// users know.
+    fn ensure_counted(&self, st: &mut StateGuard<'_, H>, offset: HostOffset) -> Result<()> {
+        let (id, _) = self.block_of(self.geometry.cluster_of(offset));
+        if self.ensure_block(st, id)? {
+            return Err(Error::errno(libc::EAGAIN));
+        }
+        Ok(())
+    }
+
+    /// Tells of a cluster in an L2 table that cannot be there.
+    pub(in crate::image) fn unaligned_cluster(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        offset: HostOffset,
+        table: HostOffset,
+        index: usize,
+    ) -> Error {
+        let message = format!(
+            "Cluster allocation offset {:#x} unaligned (L2 offset: {:#x}, L2 index: {})",
+            offset.0,
+            table.0,
+            Hex(index as u64)
+        );
+        self.corrupt(st, true, None, None, message)
+    }
+
     /// The L2 table of an L1 entry, if there is one.
-    fn table_of(
+    pub(in crate::image) fn table_of(
         &self,
         st: &mut StateGuard<'_, H>,
         l1: &[u64],
@@ -175,13 +199,20 @@ impl<H: Host> Image<H> {
         Ok(Some(table))
     }
 
-    fn read_l2(&self, table: HostOffset, bytes: &mut [u8]) -> Result<()> {
+    /// Reads an L2 table from the file.
+    pub(in crate::image) fn read_l2(&self, table: HostOffset, bytes: &mut [u8]) -> Result<()> {
         self.ensure_usable()?;
         self.host.event(Event::L2Load);
         self.host.file().read(table.0, bytes)
     }
 
-    fn write_l2(&self, st: &mut StateGuard<'_, H>, table: HostOffset, bytes: &[u8]) -> Result<()> {
+    /// Writes an L2 table to the file, of the disk or of snapshots.
+    pub(in crate::image) fn write_l2(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        table: HostOffset,
+        bytes: &[u8],
+    ) -> Result<()> {
         // It may be the table of the disk and of snapshots at the same time.
         let kinds = MetadataKind::ACTIVE_L2 | MetadataKind::INACTIVE_L2;
         self.ensure_no_overlap(st, kinds, table.0, bytes.len() as u64)?;
@@ -204,7 +235,8 @@ impl<H: Host> Image<H> {
         }
     }
 
-    fn raw_entry(&self, table: &[u8], index: usize) -> L2Entry {
+    /// An entry of an L2 table.
+    pub(in crate::image) fn raw_entry(&self, table: &[u8], index: usize) -> L2Entry {
         let mut word = [0; 8];
         word.copy_from_slice(&table[index << self.geometry.l2_entry_bits..][..8]);
         L2Entry(u64::from_be_bytes(word))
