@@ -2,12 +2,13 @@
 # alone; each script says in its head what it does and which environment
 # variables it knows. Parallelism: RQCOW2_JOBS, default all CPUs.
 
-.PHONY: help deps build tool stock plain demo check iotests bench soak clean
+.PHONY: help deps build tool stock plain demo check iotests iotests-all bench soak clean
 
 help:
 	@echo 'make demo     from nothing to a guest on a chain of 300 layers, and what it costs'
 	@echo 'make check    every test: format, lints, unit, differential, iotests'
-	@echo 'make iotests  the iotests only'
+	@echo 'make iotests  upstream'"'"'s iotests, with the C driver and with the Rust driver, side by side'
+	@echo 'make iotests-all  the same with images made with other options, hours'
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
 	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use; one of'
 	@echo '              10,000; then random operations beside the C driver, 4 hours'
@@ -43,7 +44,10 @@ check:
 	ci/check
 
 iotests:
-	ci/iotests
+	ci/iotests --both
+
+iotests-all:
+	ci/iotests-all
 
 bench: deps
 	bench/build
