@@ -335,7 +335,7 @@ def keep(chain, rng):
         chain.serial += 1
         if chain.both('qemu-img', [*args, '-c', name, *image], status=None) is None:
             # Refcounts are at their limit. What was counted already is leaked.
-            chain.both('qemu-img', ['check', '-q', '-r', 'all', '-f', lambda d: d.format, top.name])
+            mend(chain)
         else:
             kept[name] = (top.content.copy(), top.cut)
     elif draw < 0.75:
@@ -350,7 +350,7 @@ def keep(chain, rng):
                 return      # QEMU wants them to go first
             if not refcounts_are_small(chain):
                 raise Mismatch(f'going back to {name} of {top.name} failed')
-            chain.both('qemu-img', ['check', '-q', '-r', 'all', '-f', lambda d: d.format, top.name])
+            mend(chain)
     else:
         name = rng.choice(sorted(kept))
         chain.both('qemu-img', [*args, '-d', name, *image])
@@ -359,11 +359,57 @@ def keep(chain, rng):
         chain.check_layer(side, top)
 
 
+def mend(chain):
+    """Repairs what an operation left that was given up in the middle."""
+    for side in (0, 1):
+        # QEMU's driver loses the snapshots of an image that has bitmaps as well.
+        chain.run(chain.settings.driver, side, 'qemu-img',
+                  ['check', '-q', '-r', 'all', '-f', lambda d: d.format, chain.top.name])
+
+
 def refcounts_are_small(chain):
     """Whether the top's refcounts have less than 4 bits."""
     with open(os.path.join(chain.directories[0], chain.top.name), 'rb') as file:
         header = file.read(104)
     return header[7] >= 3 and header[99] < 2
+
+
+def amend(chain, rng):
+    """Changes options of the top."""
+    top = chain.top
+    if top.kind != 'qcow2':
+        return
+    chain.close()
+    chain.deal(rng)
+    with open(os.path.join(chain.directories[0], top.name), 'rb') as file:
+        header = file.read(104)
+    bits = 1 << header[99] if top.version == 3 else 16
+    lowering = top.version == 3 and not top.kept and not chain.large \
+        and not bitmaps.read(os.path.join(chain.directories[0], top.name))
+    words = []
+    if rng.random() < 0.5 and (top.version == 2 or lowering):
+        # QEMU's driver damages snapshots that share preallocated zero clusters.
+        words.append('compat=' + rng.choice(['0.10', '1.1']))
+    if rng.random() < 0.5:
+        words.append('lazy_refcounts=' + rng.choice(['on', 'off']))
+    if rng.random() < 0.6 or not words:
+        # Which count does not fit is told by its place. QEMU's driver walks over all that the table has room for.
+        widths = [1 << n for n in range(7) if chain.alike or 1 << n >= bits]
+        if top.cluster ** 2 // bits <= 1 << 26:
+            words.append(f'refcount_bits={rng.choice(widths)}')
+    if not words:
+        return
+    done = chain.both('qemu-img', ['amend', '-f', lambda d: d.format, '-o', ','.join(words), top.name], status=None)
+    # Some of it may be done although the rest is refused; tables are where there is room.
+    chain.alike = False
+    with open(os.path.join(chain.directories[0], top.name), 'rb') as file:
+        header = file.read(104)
+    top.version = header[7]
+    top.lazy = top.version == 3 and header[87] & 1 == 1
+    if done is not None and 'compat=0.10' in words and top.version != 2:
+        raise Mismatch(f'{top.name} is still of version {top.version}')
+    for side in (0, 1):
+        chain.check_layer(side, top)
 
 
 def commit(chain, rng):
@@ -564,6 +610,8 @@ def repair(chain, rng):
     layer = rng.choice(layers)
     side = rng.randint(0, 1)
     directory = chain.directories[side]
+    if layer.kept and bitmaps.read(os.path.join(directory, layer.name)):
+        return      # QEMU's driver loses the snapshots when it repairs such an image
     names = ['damaged.0', 'damaged.1']
     for name in names:
         shutil.copyfile(os.path.join(directory, layer.name), os.path.join(directory, name))
@@ -649,7 +697,7 @@ def wound(path, rng):
 
 OPERATIONS = {
     write: 30, compress: 6, zero: 10, discard: 9, read: 9, read_all: 3, parallel: 8, flush: 3, truncate: 5, inspect: 3,
-    reopen: 8, bitmap: 6, snapshot: 7, commit: 4, rebase: 2, keep: 5, convert: 2, measure: 1, crash: 3, repair: 2,
+    reopen: 8, bitmap: 6, snapshot: 7, commit: 4, rebase: 2, keep: 5, amend: 3, convert: 2, measure: 1, crash: 3, repair: 2,
 }
 BY_NAME = {operation.__name__: operation for operation in OPERATIONS}
 
