@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
-use super::pool::{Member, Pool};
+use super::pool::{Evicted, Member, Pool};
 pub use super::slice::L2Slice;
 use crate::format::subclusters::ClusterEntry;
 use crate::units::HostOffset;
@@ -284,14 +284,14 @@ impl L2Cache {
 impl Member for L2Cache {
     /// Gives back a slice that nobody holds: who is about to change an entry
     /// holds its slice.
-    fn evict(&self) -> bool {
+    fn evict(&self) -> Evicted {
         let mut inner = self.inner.lock();
         for _ in 0..inner.slots.len() {
             let hand = inner.hand % inner.slots.len();
             inner.hand = hand + 1;
             let slice = &inner.slots[hand];
             if slice.used.swap(false, Ordering::Relaxed) {
-                return false;
+                return Evicted::Spared;
             }
             let offset = slice.offset;
             let mut part = self.part(offset).write();
@@ -302,10 +302,10 @@ impl Member for L2Cache {
                 drop(part);
                 inner.remove_slot(hand);
                 inner.hand = hand;
-                return true;
+                return Evicted::Piece;
             }
         }
-        false
+        Evicted::Nothing
     }
 }
 

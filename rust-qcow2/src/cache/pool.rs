@@ -10,12 +10,26 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+/// What came of asking a member for memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Evicted {
+    /// It gave back a piece.
+    Piece,
+    /// It spared a piece that was used lately; not again the next time.
+    Spared,
+    /// It has nothing that it could give.
+    Nothing,
+}
+
 /// Something that holds memory of a pool.
 pub trait Member: Send + Sync {
-    /// Gives back one piece that is not in use and can be had again. Returns
-    /// whether there was one. Pieces that were used lately are spared once.
-    fn evict(&self) -> bool;
+    /// Gives back one piece that is not in use and can be had again. Pieces
+    /// that were used lately are spared once.
+    fn evict(&self) -> Evicted;
 }
+
+/// No piece is smaller than this.
+const MIN_PIECE: usize = 512;
 
 /// An amount of memory that is shared.
 pub struct Pool {
@@ -82,22 +96,21 @@ impl Pool {
             return;
         }
         let mut members = self.members.lock();
-        // One round may only take the marks of use away.
+        // Members in a row that had nothing. That each piece is spared once is
+        // no reason to give up; that others use them meanwhile is one.
         let mut idle = 0;
-        while self.used() > self.limit() && idle <= 2 * members.list.len() {
+        let mut spared = 0;
+        let pieces = self.used() / MIN_PIECE;
+        while self.used() > self.limit() && idle < members.list.len() && spared <= pieces {
             if members.hand >= members.list.len() {
                 members.hand = 0;
             }
-            let Some(member) = members.list.get(members.hand).and_then(Weak::upgrade) else {
-                members.hand += 1;
-                idle += 1;
-                continue;
-            };
+            let member = members.list[members.hand].upgrade();
             members.hand += 1;
-            if member.evict() {
-                idle = 0;
-            } else {
-                idle += 1;
+            match member.map_or(Evicted::Nothing, |member| member.evict()) {
+                Evicted::Piece => idle = 0,
+                Evicted::Spared => (idle, spared) = (0, spared + 1),
+                Evicted::Nothing => idle += 1,
             }
         }
     }
@@ -110,27 +123,34 @@ mod tests {
 
     struct Holder {
         pieces: AtomicUsize,
+        spares: AtomicUsize,
         pool: OnceLock<Arc<Pool>>,
     }
 
     impl Member for Holder {
-        fn evict(&self) -> bool {
+        fn evict(&self) -> Evicted {
+            if self.spares.load(Ordering::Relaxed) > 0 {
+                self.spares.fetch_sub(1, Ordering::Relaxed);
+                return Evicted::Spared;
+            }
             if self.pieces.load(Ordering::Relaxed) == 0 {
-                return false;
+                return Evicted::Nothing;
             }
             self.pieces.fetch_sub(1, Ordering::Relaxed);
-            self.pool.get().unwrap().give(10);
-            true
+            self.pool.get().unwrap().give(1000);
+            Evicted::Piece
         }
     }
 
     #[test]
     fn all_members_give_in_turns() {
-        let pool = Pool::new(100);
+        let pool = Pool::new(10_000);
         let holders: Vec<_> = (0..3)
             .map(|_| {
                 Arc::new(Holder {
                     pieces: AtomicUsize::new(5),
+                    // Whatever was used lately goes all the same.
+                    spares: AtomicUsize::new(5),
                     pool: OnceLock::from(Arc::clone(&pool)),
                 })
             })
@@ -138,10 +158,10 @@ mod tests {
         for holder in &holders {
             let weak: Weak<Holder> = Arc::downgrade(holder);
             pool.join(weak);
-            pool.take(50);
+            pool.take(5000);
         }
         pool.trim();
-        assert_eq!(pool.used(), 100);
+        assert_eq!(pool.used(), 10_000);
         for holder in &holders {
             assert!(holder.pieces.load(Ordering::Relaxed) >= 3);
         }
@@ -149,8 +169,8 @@ mod tests {
         pool.trim();
         assert_eq!(pool.used(), 0);
         // Nobody has anything: that ends as well.
-        pool.take(10);
+        pool.take(1000);
         pool.trim();
-        assert_eq!(pool.used(), 10);
+        assert_eq!(pool.used(), 1000);
     }
 }

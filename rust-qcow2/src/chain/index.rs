@@ -33,7 +33,7 @@ use arc_swap::{ArcSwapOption, Guard};
 use parking_lot::Mutex;
 
 use super::entry::{Entry, Resolved};
-use crate::cache::pool::{Member, Pool};
+use crate::cache::pool::{Evicted, Member, Pool};
 use crate::host::Host;
 use crate::units::{GuestOffset, div_up};
 
@@ -458,7 +458,7 @@ impl<H: Host> Index<H> {
 
 impl<H: Host> Member for Index<H> {
     /// Gives back a slice by the clock algorithm.
-    fn evict(&self) -> bool {
+    fn evict(&self) -> Evicted {
         let mut control = self.control.lock();
         while control.clock.len() > MIN_SLICES {
             let hand = control.hand % control.clock.len();
@@ -468,12 +468,12 @@ impl<H: Host> Member for Index<H> {
             match (slot, slice) {
                 (Some(slot), Some(slice)) => {
                     if slice.used.swap(false, Ordering::Relaxed) {
-                        return false;
+                        return Evicted::Spared;
                     }
                     self.empty_slot(slot, &control.pool);
                     control.clock.swap_remove(hand);
                     control.hand = hand;
-                    return true;
+                    return Evicted::Piece;
                 }
                 // It was dropped when a layer changed.
                 _ => {
@@ -482,7 +482,7 @@ impl<H: Host> Member for Index<H> {
                 }
             }
         }
-        false
+        Evicted::Nothing
     }
 }
 
