@@ -11,9 +11,9 @@ use super::index::{Index, SLICE_ENTRIES, Slice};
 use super::view::View;
 use crate::error::Result;
 use crate::format::entry::Mapping;
-use crate::format::subclusters::{ClusterEntry, SUBCLUSTERS};
+use crate::format::subclusters::SUBCLUSTERS;
 use crate::host::{Host, Task, WaitQueue};
-use crate::image::{Image, TablePiece};
+use crate::image::{Image, NumberedEntry, TablePiece};
 use crate::units::GuestOffset;
 
 /// Slices that are filled in one go where the neighbourhood is in use: what
@@ -102,6 +102,7 @@ impl<H: Host> View<H> {
             undecided: count as usize * SLICE_ENTRIES,
             known: Vec::new(),
         };
+        let memory = Mutex::new(Vec::new());
         let mut next = self.layers.len();
         work.known = (first..first + count)
             .map(|slot| index.peek(slot).filter(|slice| slice.covers <= next))
@@ -119,7 +120,7 @@ impl<H: Host> View<H> {
                 }
                 next -= 1;
             }
-            let tables = self.read_pieces(index, top, &pieces)?;
+            let tables = self.read_pieces(index, top, &pieces, &memory)?;
             let mut tables = pieces.iter().zip(tables).peekable();
             for layer in (next..from).rev() {
                 work.adopt(layer + 1);
@@ -134,25 +135,34 @@ impl<H: Host> View<H> {
         Ok(work.finish(self.layers.len()))
     }
 
+    /// Reads parts of tables, several at a time. What they are read into is
+    /// taken from `memory` and left there.
     fn read_pieces(
         &self,
         index: &Index<H>,
         top: &Image<H>,
         pieces: &[(usize, TablePiece)],
-    ) -> Result<Vec<Vec<ClusterEntry>>> {
+        memory: &Mutex<Vec<H::Aligned>>,
+    ) -> Result<Vec<Vec<NumberedEntry>>> {
         let reads = pieces.len() as u64;
         index
             .counters
             .table_reads
             .fetch_add(reads, Ordering::Relaxed);
-        if let [(layer, piece)] = pieces {
-            return Ok(vec![self.layers[*layer].read_piece(piece)?]);
+        let read = |(layer, piece): &(usize, TablePiece)| {
+            let mut buffer = memory.lock().pop();
+            let entries = self.layers[*layer].read_piece(piece, &mut buffer);
+            memory.lock().extend(buffer);
+            entries
+        };
+        if let [piece] = pieces {
+            return Ok(vec![read(piece)?]);
         }
         let tables: Vec<_> = pieces.iter().map(|_| Mutex::new(Vec::new())).collect();
         let tasks = pieces.iter().zip(&tables);
-        let tasks = tasks.map(|((layer, piece), table)| -> Task<'_> {
+        let tasks = tasks.map(|(piece, table)| -> Task<'_> {
             Box::new(move || {
-                let entries = self.layers[*layer].read_piece(piece)?;
+                let entries = read(piece)?;
                 *table.lock() = entries;
                 Ok(())
             })
@@ -265,16 +275,12 @@ impl Work {
         image: &Image<H>,
         layer: usize,
         piece: &TablePiece,
-        table: &[ClusterEntry],
+        table: &[NumberedEntry],
     ) {
         let geometry = image.geometry();
         let cluster_bits = geometry.cluster_bits;
-        for (entry, number) in table.iter().zip(0u64..) {
-            // By far the most in the tables of a long chain.
-            if *entry == ClusterEntry::UNALLOCATED {
-                continue;
-            }
-            let cluster = piece.guest.0 + (number << cluster_bits);
+        for (number, entry) in table {
+            let cluster = piece.guest.0 + (u64::from(*number) << cluster_bits);
             let mapping = geometry.mapping(entry.entry);
             if image.is_bad_entry(*entry, GuestOffset(cluster)) {
                 self.apply_part(layer, cluster, geometry.cluster_size(), None);

@@ -72,7 +72,7 @@ use inflight::InFlight;
 pub(crate) use inflight::{Held, Token};
 use l1::L1Table;
 pub(crate) use map::Run;
-pub(crate) use pieces::TablePiece;
+pub(crate) use pieces::{NumberedEntry, TablePiece};
 use write::PendingAllocations;
 
 /// An open image.

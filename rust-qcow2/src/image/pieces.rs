@@ -25,6 +25,9 @@ pub(crate) struct TablePiece {
     pub(crate) entries: usize,
 }
 
+/// An entry of a table, and its number in a part of the table.
+pub(crate) type NumberedEntry = (u32, ClusterEntry);
+
 /// An entry that nobody can use without asking the image.
 const UNKNOWN: ClusterEntry = ClusterEntry::standard(L2Entry(1 << 62));
 
@@ -52,50 +55,59 @@ impl<H: Host> Image<H> {
         self.l2.move_to(pool);
     }
 
-    /// Reads a part of an L2 table. The table may change or go meanwhile; then
-    /// those who watch the image have been told, or the entries say nothing.
-    pub(crate) fn read_piece(&self, piece: &TablePiece) -> Result<Vec<ClusterEntry>> {
-        let unknown = || Ok(vec![UNKNOWN; piece.entries]);
+    /// Reads a part of an L2 table: the entries that are not empty, in order,
+    /// with their numbers in the part. `memory` is what a part was read into
+    /// before, and is left for the next one.
+    ///
+    /// The table may change or go meanwhile; then those who watch the image
+    /// have been told, or the entries say nothing.
+    pub(crate) fn read_piece(
+        &self,
+        piece: &TablePiece,
+        memory: &mut Option<H::Aligned>,
+    ) -> Result<Vec<NumberedEntry>> {
+        let unknown = || Ok((0..piece.entries as u32).map(|i| (i, UNKNOWN)).collect());
         let geometry = &self.geometry;
         let table = match piece.l1_entry.table() {
             Some(table) if table.is_aligned(geometry.cluster_bits) => table,
             _ => return unknown(),
         };
+        let bits = geometry.l2_entry_bits;
         let first = geometry.l2_index(piece.guest) as usize;
+        // What is cached may be newer than the file.
         let cached = self.cached_slices(piece);
-        let mut entries = Vec::new();
-        let per_slice = self.l2.slice_size() >> geometry.l2_entry_bits;
-        if cached.iter().all(Option::is_some) {
-            entries.resize(piece.entries, ClusterEntry::UNALLOCATED);
-        } else {
-            let offset = table.add((first as u64) << geometry.l2_entry_bits);
-            let mut bytes = self.host.aligned(piece.entries << geometry.l2_entry_bits)?;
-            self.host.event(Event::L2Load);
-            self.host.file().read(offset.0, &mut bytes)?;
-            let words = bytes.chunks_exact(8).map(|bytes| {
-                let mut word = [0; 8];
-                word.copy_from_slice(bytes);
-                u64::from_be_bytes(word)
-            });
-            if geometry.has_subclusters() {
-                let second = words.clone().skip(1).step_by(2);
-                let pairs = words.step_by(2).zip(second);
-                entries.extend(pairs.map(|(a, b)| ClusterEntry::extended(a, b)));
-            } else {
-                entries.extend(words.map(|word| ClusterEntry::standard(L2Entry(word))));
+        let len = piece.entries << bits;
+        if cached.iter().any(Option::is_none) {
+            if memory.as_ref().is_none_or(|memory| memory.len() < len) {
+                *memory = Some(self.host.aligned(len)?);
+            }
+            if let Some(memory) = memory {
+                self.host.event(Event::L2Load);
+                let offset = table.add((first as u64) << bits);
+                self.host.file().read(offset.0, &mut memory[..len])?;
             }
         }
-        // What is cached may be newer than the file.
-        if cached.iter().any(Option::is_some) {
-            for (entry, index) in entries.iter_mut().zip(first..) {
-                if let Some(slice) = &cached[index / per_slice - first / per_slice] {
+        let per_slice = self.l2.slice_size() >> bits;
+        let mut found = Vec::new();
+        let mut from = 0;
+        for (slice, number) in cached.iter().zip(first / per_slice + 1..) {
+            let to = (number * per_slice - first).min(piece.entries);
+            match (slice, memory.as_ref()) {
+                (Some(slice), _) => found.extend((from..to).filter_map(|i| {
                     // Who keeps changing it has it told.
-                    *entry = slice.try_get(index % per_slice).unwrap_or(UNKNOWN);
+                    let entry = slice.try_get((first + i) % per_slice).unwrap_or(UNKNOWN);
+                    (entry != ClusterEntry::UNALLOCATED).then_some((i as u32, entry))
+                })),
+                (None, Some(memory)) => {
+                    let bytes = &memory[from << bits..to << bits];
+                    collect_entries(bytes, geometry.has_subclusters(), from as u32, &mut found);
                 }
+                (None, None) => {}
             }
+            from = to;
         }
         if self.l1.get(piece.l1_index) == piece.l1_entry {
-            Ok(entries)
+            Ok(found)
         } else {
             unknown()
         }
@@ -116,5 +128,35 @@ impl<H: Host> Image<H> {
                     .peek(table.add(((slice * per_slice) as u64) << bits))
             })
             .collect()
+    }
+}
+
+/// Adds the entries of a piece of a table that are not empty, the first of
+/// which has the number `from`. Nearly all of the tables of a long chain is
+/// empty: that is passed over in blocks.
+fn collect_entries(bytes: &[u8], extended: bool, from: u32, found: &mut Vec<NumberedEntry>) {
+    const BLOCK: usize = 128;
+    let entry_bytes = if extended { 16 } else { 8 };
+    let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
+    for (block, number) in bytes
+        .chunks(BLOCK)
+        .zip((from..).step_by(BLOCK / entry_bytes))
+    {
+        let any = block
+            .chunks_exact(8)
+            .fold(0, |any, bytes| any | word(bytes));
+        if any == 0 {
+            continue;
+        }
+        for (bytes, number) in block.chunks_exact(entry_bytes).zip(number..) {
+            let entry = if extended {
+                ClusterEntry::extended(word(&bytes[..8]), word(&bytes[8..]))
+            } else {
+                ClusterEntry::standard(L2Entry(word(bytes)))
+            };
+            if entry != ClusterEntry::UNALLOCATED {
+                found.push((number, entry));
+            }
+        }
     }
 }
