@@ -217,6 +217,8 @@ const CHECKED: &[&str] = &[
     "ImageInfoSpecificQCow2",
     "ImageInfoSpecificQCow2Encryption",
     "ImageInfoSpecificQCow2Wrapper",
+    "ImageInfoSpecificRqcow2",
+    "ImageInfoSpecificRqcow2Chain",
     "QCryptoBlockAmendOptions",
     "QCryptoBlockCreateOptions",
     "QCryptoBlockInfo",

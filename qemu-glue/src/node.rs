@@ -129,6 +129,31 @@ impl Node {
         }
     }
 
+    /// Whether `bs` is a layer of a node of this driver above it.
+    ///
+    /// # Safety
+    /// Called in a callback of the driver for `bs`, under the graph lock.
+    pub(crate) unsafe fn is_layer(bs: *mut sys::BlockDriverState) -> bool {
+        // SAFETY: links of the graph do not change under its lock; what is
+        // behind a link from another node is that node, which lives.
+        unsafe {
+            let mut link = (*bs).parents.lh_first;
+            while !link.is_null() {
+                if ptr::eq((*link).klass, &raw const sys::child_of_bds) {
+                    let above = (*link).opaque.cast::<sys::BlockDriverState>();
+                    if ptr::eq((*above).backing, link)
+                        && driver::is_ours((*above).drv)
+                        && Self::below(above).is_some()
+                    {
+                        return true;
+                    }
+                }
+                link = (*link).next_parent.le_next;
+            }
+        }
+        false
+    }
+
     /// The image.
     #[inline]
     pub(crate) fn image(&self) -> &Image<Qemu> {

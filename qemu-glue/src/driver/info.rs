@@ -11,6 +11,7 @@ use rust_qcow2::image::{Image, ImageInfo};
 use super::io::file_has_zero_init;
 use crate::coroutine;
 use crate::error::{self, ErrorPtr};
+use crate::host::Qemu;
 use crate::node::{Access, Node, request};
 use crate::panic::contain;
 use crate::sys;
@@ -99,6 +100,9 @@ pub(super) unsafe extern "C" fn get_specific_info(
                 Ok(bitmaps) => {
                     let info = specific_info(&image.info(), &bitmaps, kind(name));
                     (*(*info).u.qcow2.data).encrypt = encryption;
+                    if (*info).type_ == sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2 {
+                        (*(*info).u.rqcow2.data).chain = chain_info(bs, image);
+                    }
                     info
                 }
                 Err(error) => {
@@ -133,6 +137,38 @@ unsafe fn encryption_info(
         }
         (*info).u = Default::default();
         sys::qapi_free_QCryptoBlockInfo(info);
+        result
+    }
+}
+
+/// The chain below a node that is the top of it; null for a layer of one, and
+/// where nothing is below.
+///
+/// # Safety
+/// Called in a callback of the driver for `bs`, whose image this is, under the
+/// graph lock.
+unsafe fn chain_info(
+    bs: *mut sys::BlockDriverState,
+    image: &Image<Qemu>,
+) -> *mut sys::ImageInfoSpecificRqcow2Chain {
+    // SAFETY: nodes that are linked live under the graph lock, the layers of a
+    // chain among them; names are C strings. Zeroes are valid for C structures.
+    unsafe {
+        if (*bs).backing.is_null() || Node::is_layer(bs) {
+            return ptr::null_mut();
+        }
+        let (count, lowest) = image.layers_below();
+        let lowest = lowest.map_or(bs, |layer| layer.host().node());
+        let result = zeroed::<sys::ImageInfoSpecificRqcow2Chain>();
+        (*result).layers = count + 1;
+        (*result).lowest = sys::g_strdup((&raw const (*(*(*lowest).file).bs).filename).cast());
+        let link = (*lowest).backing;
+        if !link.is_null() {
+            let driver = (*(*link).bs).drv;
+            if !driver.is_null() {
+                (*result).below = sys::g_strdup((*driver).format_name);
+            }
+        }
         result
     }
 }
@@ -235,10 +271,15 @@ fn specific_info(
     kind: sys::ImageInfoSpecificKind,
 ) -> *mut sys::ImageInfoSpecific {
     // SAFETY: zeroes are valid for C structures; what is filled in is owned by
-    // them. The variants of both kinds are the same type.
+    // them. The variant of this driver begins with that of qcow2.
     unsafe {
         let result = zeroed::<sys::ImageInfoSpecific>();
-        let data = zeroed::<sys::ImageInfoSpecificQCow2>();
+        let data: *mut sys::ImageInfoSpecificQCow2 = if kind == sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2
+        {
+            zeroed::<sys::ImageInfoSpecificRqcow2>().cast()
+        } else {
+            zeroed()
+        };
         (*result).type_ = kind;
         (*result).u.qcow2.data = data;
         (*data).refcount_bits = i64::from(info.refcount_bits);

@@ -1,7 +1,7 @@
 //! What people can watch: where reads find their data.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::host::Host;
 use crate::image::Image;
@@ -92,16 +92,15 @@ pub struct ChainStatistics {
 }
 
 impl<H: Host> Image<H> {
-    /// Number of layers below. Makes no view of them, as this may be asked of
-    /// every layer of a chain.
-    fn layers_below(&self) -> u64 {
-        let mut count = 0;
-        let mut below = self.host().layer_below();
-        while let Some(layer) = below {
+    /// Number of layers below, and the lowest of them. Makes no view of them, as
+    /// this may be asked of every layer of a chain.
+    pub fn layers_below(&self) -> (u64, Option<Arc<Self>>) {
+        let (mut count, mut lowest) = (0, None);
+        while let Some(layer) = lowest.as_deref().unwrap_or(self).host().layer_below() {
             count += 1;
-            below = layer.host().layer_below();
+            lowest = Some(layer);
         }
-        count
+        (count, lowest)
     }
 
     /// What has been counted since the image was opened. The figures of the
@@ -124,7 +123,7 @@ impl<H: Host> Image<H> {
         let index = view.index.as_ref();
         let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
         ChainStatistics {
-            layers: self.layers_below() + 1,
+            layers: self.layers_below().0 + 1,
             index_bytes: index.map_or(0, |index| index.memory() as u64),
             cache_bytes: pool.used() as u64,
             cache_limit: pool.limit() as u64,
