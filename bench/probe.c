@@ -111,6 +111,16 @@ static void coroutine_fn requests(void *opaque)
             load->ret = ret;
         }
         load->done++;
+        if (load->done % LOOK_AT_CLOCK == 0) {
+            /*
+             * A request that is answered at once is answered in the middle of
+             * its submission, and so is the next one, until the stack ends.
+             * Guests return to the event loop, too.
+             */
+            aio_co_schedule(qemu_get_current_aio_context(),
+                            qemu_coroutine_self());
+            qemu_coroutine_yield();
+        }
     }
     /* What the clock told one of them goes for all. */
     load->limit = load->limit ?: MAX(load->started, 1);

@@ -18,6 +18,7 @@ use crate::error::{self, c_text};
 use crate::lock::{CoMutex, Queue};
 use crate::node::Node;
 use crate::options::SubDict;
+use crate::prefetch::Places;
 use crate::{parallel, sys};
 
 /// The node of an image.
@@ -86,11 +87,16 @@ impl Qemu {
         self.cipher.get().map(|cipher| &**cipher)
     }
 
+    /// The link to the external data file.
+    pub(crate) fn data_link(&self) -> Option<*mut sys::BdrvChild> {
+        let child = self.data_file.load(Ordering::Acquire);
+        (!child.is_null()).then_some(child)
+    }
+
     /// The node of the external data file.
     pub(crate) fn data_node(&self) -> Option<*mut sys::BlockDriverState> {
-        let child = self.data_file.load(Ordering::Acquire);
         // SAFETY: the link lives as long as the node is open.
-        (!child.is_null()).then(|| unsafe { (*child).bs })
+        self.data_link().map(|child| unsafe { (*child).bs })
     }
 
     /// The node.
@@ -104,6 +110,18 @@ impl Host for Qemu {
     type WaitQueue = Queue;
     type File = Child;
     type Aligned = Aligned;
+    type Places = Places;
+
+    fn places(image: &Arc<Image<Self>>) -> Places {
+        // SAFETY: called in a request, and the image is that of an open node
+        // (see `new`).
+        unsafe { Places::of(image) }
+    }
+
+    #[inline]
+    fn prefetch(places: &Places) {
+        places.prefetch();
+    }
 
     #[inline]
     fn file(&self) -> Child {

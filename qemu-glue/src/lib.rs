@@ -22,6 +22,7 @@ mod node;
 mod options;
 mod panic;
 mod parallel;
+mod prefetch;
 mod qiov;
 #[allow(
     dead_code,

@@ -22,6 +22,8 @@ pub(crate) struct View<H: Host> {
     generation: Option<u64>,
     /// The layers, from the lowest one up. The last one backs the image.
     pub(crate) layers: Vec<Arc<Image<H>>>,
+    /// Where each of them is in memory.
+    pub(super) places: Vec<H::Places>,
     /// Where the disk of the last layer ends; what the image has beyond that
     /// reads as zeroes.
     pub(crate) end: u64,
@@ -36,6 +38,7 @@ impl<H: Host> View<H> {
         Arc::new(Self {
             generation: None,
             layers: Vec::new(),
+            places: Vec::new(),
             end: 0,
             index: None,
             positions: OnceLock::new(),
@@ -198,6 +201,7 @@ impl<H: Host> Image<H> {
         };
         links.view.store(Arc::new(View {
             generation: Some(generation),
+            places: layers.iter().map(H::places).collect(),
             layers,
             end,
             index,

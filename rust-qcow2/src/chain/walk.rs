@@ -220,6 +220,7 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
         };
         let source = match known.resolved {
             Resolved::Data(layer, host) => {
+                H::prefetch(&view.places[layer]);
                 let held = Held::enter(Arc::clone(&view.layers[layer]));
                 // See the documentation of `index` for why in this order.
                 if !known.is_still_true(index.bits()) {

@@ -189,6 +189,9 @@ impl Host for LocalHost {
     type WaitQueue = ThreadQueue;
     type File = LocalFile;
     type Aligned = Vec<u8>;
+    type Places = ();
+
+    fn places(_image: &Arc<Image<Self>>) {}
 
     fn file(&self) -> LocalFile {
         self.file.clone()

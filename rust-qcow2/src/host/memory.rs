@@ -200,6 +200,9 @@ impl Host for MemoryHost {
     type WaitQueue = ThreadQueue;
     type File = MemoryFile;
     type Aligned = Vec<u8>;
+    type Places = ();
+
+    fn places(_image: &Arc<Image<Self>>) {}
 
     fn file(&self) -> MemoryFile {
         self.file.clone()

@@ -34,6 +34,9 @@ pub trait Host: Send + Sync + Sized + 'static {
     type File: File;
     /// Memory that is aligned well enough for direct I/O.
     type Aligned: DerefMut<Target = [u8]> + Send + Sync;
+    /// Where in memory that is which a read of an image touches: see
+    /// [`Host::prefetch`].
+    type Places: Send + Sync;
 
     /// The image file itself.
     fn file(&self) -> Self::File;
@@ -96,6 +99,17 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// flight the answers for the image and those below it do not change.
     /// Never suspends the caller.
     fn generation(&self) -> u64;
+
+    /// The places for reads of `image` by images above it. They are good for
+    /// [`Host::prefetch`] only, even when they are out of date. Never suspends
+    /// the caller.
+    fn places(image: &Arc<Image<Self>>) -> Self::Places;
+
+    /// Has the processor fetch what is in these places, while the caller goes
+    /// on. What belongs to the layers of a long chain is more than its caches
+    /// hold: one after the other the misses take a quarter of a read that the
+    /// page cache answers.
+    fn prefetch(_places: &Self::Places) {}
 
     /// Zeroed memory for a bounce buffer or a metadata table.
     ///

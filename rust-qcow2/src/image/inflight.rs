@@ -24,11 +24,12 @@ use crate::units::HostOffset;
 
 /// Counts requests and keeps clusters waiting for them.
 #[derive(Default)]
+#[repr(C)]
 pub(super) struct InFlight {
     epoch: AtomicU64,
+    waiting: Mutex<Waiting>,
     /// Spread over threads, as each request changes them.
     active: [Active; SHARDS],
-    waiting: Mutex<Waiting>,
 }
 
 /// Requests of some threads, for even and odd epochs.
@@ -96,6 +97,12 @@ impl<H: Host> Drop for Held<H> {
 }
 
 impl InFlight {
+    /// What is behind the memory that is touched when the first of the threads
+    /// counts a request in.
+    pub(super) fn hot_end(&self) -> &impl Sized {
+        &self.active[1]
+    }
+
     /// Counts a request in.
     #[inline]
     pub(super) fn enter(&self) -> Token<'_> {

@@ -46,6 +46,7 @@ mod write;
 mod writeback;
 mod zero;
 
+use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -75,12 +76,16 @@ pub(crate) use map::Run;
 pub(crate) use pieces::{NumberedEntry, TablePiece};
 use write::PendingAllocations;
 
-/// An open image.
+/// An open image. What a read by an image above needs of it comes first: see
+/// [`Image::hot_memory`].
+#[repr(C)]
 pub struct Image<H: Host> {
     host: H,
     geometry: Geometry,
     /// How guest data are encrypted.
     encryption: Option<Encryption>,
+    /// Requests that use host offsets they have looked up.
+    inflight: InFlight,
     /// Size of the disk in bytes, as in the header.
     size: AtomicU64,
     /// The L1 table in use.
@@ -89,8 +94,6 @@ pub struct Image<H: Host> {
     l2: Arc<L2Cache>,
     /// Where metadata is; made when first needed.
     overlap: RwLock<Option<overlap::MetadataMap>>,
-    /// Requests that use host offsets they have looked up.
-    inflight: InFlight,
     /// What it knows of the images below, and those above of it.
     links: Links<H>,
     /// A fatal corruption was met: nothing may be done with the image.
@@ -201,6 +204,15 @@ impl<H: Host> Image<H> {
     /// The surroundings that were passed to [`Image::open`].
     pub fn host(&self) -> &H {
         &self.host
+    }
+
+    /// The memory that is touched when an image above reads data of this one:
+    /// address and bytes. It begins with the counts of the `Arc`.
+    pub fn hot_memory(self: &Arc<Self>) -> (usize, usize) {
+        let start = Arc::as_ptr(self).addr();
+        let end = ptr::from_ref(self.inflight.hot_end()).addr();
+        let counts = align_of::<Self>().max(2 * size_of::<usize>());
+        (start - counts, end - start + counts)
     }
 
     /// Sizes that never change while the image is open.
