@@ -14,6 +14,7 @@ class Daemon:
     def __init__(self, side, patience=None):
         self.patience = patience
         self.events = []
+        self.answer = None
         self.process = subprocess.Popen(  # pylint: disable=consider-using-with
             [side.program('qemu-storage-daemon'), '--chardev', 'stdio,id=monitor',
              '--monitor', 'chardev=monitor'],
@@ -34,7 +35,7 @@ class Daemon:
         return json.loads(line)
 
     def ask(self, command, **arguments):
-        """Returns the seconds until the answer."""
+        """Returns the seconds until the answer, which is in `answer` then."""
         arguments = {name.replace('_', '-'): value for name, value in arguments.items()}
         text = json.dumps({'execute': command, 'arguments': arguments})
         begin = time.monotonic()
@@ -45,8 +46,15 @@ class Daemon:
             if 'error' in answer:
                 raise Crash(f'{command}: {answer["error"]["desc"]}')
             if 'return' in answer:
+                self.answer = answer['return']
                 return time.monotonic() - begin
             self.events.append(answer)
+
+    def happened(self, event):
+        """What an event said, if it has arrived since the last that was asked for."""
+        while b'\n' in self._buffer or select.select([self.process.stdout], [], [], 0)[0]:
+            self.events.append(self._receive())
+        return self.wait(event) if any(found['event'] == event for found in self.events) else None
 
     def wait(self, event):
         while True:

@@ -68,12 +68,13 @@ def ended(process, errors=''):
 
 
 class Probe:
-    """bench/probe.c, with an image open. The commands are explained there."""
+    """bench/probe.c, with an image open. The commands are explained there.
+    `under` is a program that runs it, with its options."""
 
-    def __init__(self, side, options=None, patience=None, aio='threads'):
+    def __init__(self, side, options=None, patience=None, aio='threads', under=()):
         self.patience = patience
         self.process = subprocess.Popen(  # pylint: disable=consider-using-with
-            [side.program('probe')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [*under, side.program('probe')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, bufsize=1)
         self.offsets = None
         self.opened = None

@@ -64,9 +64,10 @@ def spread_labels(places, heights):
     return [place - excess for place in moved]
 
 
-def chart(title, axis_title, lines, text):
+def chart(title, axis_title, lines, text, below='layers in the chain'):
     """Returns an SVG. `lines` is a list of (name, [(depth, value)], crash): the
-    depth at which the program crashed or None; `text` shows a value."""
+    depth at which the program crashed or None; `text` shows a value, `below` is
+    the title of the other axis."""
     points = [point for _, line, _ in lines for point in line]
     depths = [depth for depth, _ in points] + [crash for _, _, crash in lines if crash]
     values = [value for _, value in points]
@@ -97,7 +98,7 @@ def chart(title, axis_title, lines, text):
         out.append(f'<text x="{across(value):.1f}" y="{HEIGHT - BOTTOM + 19}" '
                    f'text-anchor="middle">{value:g}</text>')
     out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 12}" '
-               'text-anchor="middle">layers in the chain</text>')
+               f'text-anchor="middle">{escape(below)}</text>')
 
     ends = []
     for number, (name, line, crash) in enumerate(lines):

@@ -1,0 +1,176 @@
+"""What a chain costs over its depth: latency, opening, memory, throughput,
+block status, where it crashes.
+
+A case is a function with the name and the docstring that `study/run --list`
+shows; it gets the Study and the Records. What is compared at a depth is open at
+the same time and takes turns.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+from contextlib import ExitStack
+
+from chain_cases import reads_hole
+from chains import CLUSTER, MIB, empty_overlay
+from context import ENDS
+from job_cases import mapped, timed
+from sides import turns
+
+DEPTHS = (1, 2, 5, 10, 30, 100, 200, 300, 500, 700, 850, 1000, 3000, 10000)
+FEW_DEPTHS = (1, 10, 100, 500, 800, 1000, 3000)
+
+
+def depths(study, most=10000, few=FEW_DEPTHS, all_=DEPTHS):
+    return [depth for depth in (few if study.quick else all_) if depth <= most]
+
+
+def opened(study, side, chain, records, stack):
+    """A probe with the chain open and all its tables known; None if that crashes.
+
+    Records opening, the first read of each 4 MiB, memory and closing."""
+    depth = chain.depth
+    samples, closed = [], []
+    probe = None
+    try:
+        while len(samples) < study.few and sum(samples) < 1:
+            probe = side.probe(chain.top, study.patience, study.aio)
+            samples.append(probe.opened)
+            closed.append(probe.ask('close')['seconds'])
+            probe.end()
+        records.add(side, 'open', 's', samples, depth=depth)
+        records.add(side, 'close', 's', closed, depth=depth)
+        probe = side.probe(chain.top, study.patience, study.aio)
+        seconds = probe.warm(chain.warm)
+        count = os.path.getsize(chain.warm) // 8
+        records.add(side, 'cold', 'us', seconds / count * 1e6, depth=depth)
+        records.add(side, 'memory', 'MiB', probe.status('VmRSS'), depth=depth)
+        return stack.enter_context(probe)
+    except ENDS as reason:
+        if probe:
+            probe.end()
+        known = {record['what'] for record in records.all
+                 if record['side'] == side.name and record['depth'] == depth}
+        for what in ('open', 'close', 'cold', 'memory', 'hole', 'data'):
+            if what not in known:
+                records.end(side, what, reason, depth=depth)
+        study.gone[side.name] = min(depth, study.gone.get(side.name, depth))
+        return None
+
+
+def latency(study, records):
+    """4 KiB reads, cold and warm, opening, closing and memory from depth 1 on."""
+    for depth in depths(study):
+        chain = study.chains.spread(depth)
+        with ExitStack() as stack:
+            probes = {}
+            for side in study.works(depth):
+                probe = opened(study, side, chain, records, stack)
+                if probe:
+                    probes[side] = probe
+            for what, offsets in (('data', chain.data), ('hole', chain.holes)):
+                clock, cpu = study.reads(probes, offsets)
+                for side in probes:
+                    records.add(side, what, 'us', clock[side], depth=depth)
+                    records.add(side, what + ', CPU', 'us', cpu[side], depth=depth)
+        study.chains.drop()
+
+
+def copy_on_write(study, side, chain, count):
+    """Microseconds of a 4 KiB write to a cluster that a new overlay lacks."""
+    overlay = chain.path('overlay.qcow2')
+    empty_overlay(overlay, chain.disk, chain.top)
+    try:
+        said = subprocess.run(
+            [side.program('qemu-img'), 'bench', '-f', side.driver, '-i', study.aio, '-t',
+             'writeback', '-w', '-c', str(count), '-d', '1', '-s', '4096', '-S',
+             str(chain.disk // count // CLUSTER * CLUSTER), overlay],
+            check=True, text=True, stdout=subprocess.PIPE, timeout=study.patience).stdout
+    finally:
+        os.remove(overlay)
+    return float(re.search(r'completed in ([0-9.]+) seconds', said).group(1)) / count * 1e6
+
+
+def sequential(study, side, chain, size):
+    """MiB/s of reads from the start of the disk on, four at a time."""
+    count = min(chain.disk // size, (64 if chain.depth < 200 else 16) * MIB // size)
+    said = side.run('qemu-img', 'bench', '-f', side.driver, '-i', study.aio, '-t', 'writeback',
+                    '-c', str(count), '-d', '4', '-s', str(size), chain.top)
+    return count * size / MIB / float(
+        re.search(r'completed in ([0-9.]+) seconds', said).group(1))
+
+
+def throughput(study, records):
+    """Sequential and random reads with many requests under way; copy-on-write."""
+    for depth in depths(study, 3000, (1, 30, 300, 800, 1000)):
+        chain = study.chains.spread(depth)
+        sides = [side for side in study.works(depth)
+                 if side is study.ours or depth <= 850]
+        with ExitStack() as stack:
+            probes = {side: stack.enter_context(side.probe(chain.top, aio=study.aio))
+                      for side in sides}
+            for probe in probes.values():
+                probe.warm(chain.warm)
+            clock, _ = study.reads(probes, chain.data, queue_depth=32)
+            for side in probes:
+                records.add(side, 'random', 'op/s', [1e6 / us for us in clock[side]],
+                            depth=depth)
+        count = 16 if depth > 200 else 64
+        samples = turns({
+            (what, side): lambda call=call, side=side, last=last: call(study, side, chain, last)
+            for what, call, last in (('sequential', sequential, MIB),
+                                     ('copy-on-write', copy_on_write, count))
+            for side in sides}, 1 if depth > 500 else study.few)
+        for (what, side), values in samples.items():
+            records.add(side, what, 'MiB/s' if what == 'sequential' else 'us', values,
+                        depth=depth)
+        study.chains.drop()
+
+
+def status(study, records):
+    """Block status: qemu-img map from the first extent to the last; convert."""
+    for depth in depths(study, 3000, (1, 10, 100, 300, 1000)):
+        chain = study.chains.spread(depth)
+        out = chain.path('out.raw')
+        for side in study.works(depth):
+            if side is not study.ours and depth > (300 if study.quick else 850):
+                continue
+            records.add(side, 'map', 's', [mapped(side, chain.top)
+                                           for _ in range(study.few)], depth=depth)
+            if depth <= 1000:
+                idle = [timed(side, 'qemu-img', 'bench', '-f', side.driver, '-t', 'writeback',
+                              '-c', '1', chain.top) for _ in range(study.few)]
+                whole = [timed(side, 'qemu-img', 'convert', '-f', side.driver, '-O', 'raw',
+                               chain.top, out) for _ in range(study.few)]
+                least = statistics.median(idle)
+                records.add(side, 'convert', 's', [max(value - least, 1e-3) for value in whole],
+                            depth=depth)
+                os.remove(out)
+        study.chains.drop()
+
+
+def crash(study, records):
+    """Reads a hole through ever more layers until the process dies."""
+    chain = study.chains.spread(1000)
+    exact = 12 if study.quick else 1
+    for side in (study.ours, study.inserted, study.stock):
+        end = reads_hole(study, side, chain, chain.depth - 1)
+        if end == 'works':
+            records.add(side, 'works', 'layers', chain.depth)
+            continue
+        # Both die somewhere here; if not, the search starts from depth 1.
+        works, fails = (800 if side is study.stock else 850), chain.depth
+        if reads_hole(study, side, chain, works - 1) != 'works':
+            works, fails = 1, works
+        while fails - works > exact:
+            middle = (works + fails) // 2
+            if reads_hole(study, side, chain, middle - 1) == 'works':
+                works = middle
+            else:
+                fails = middle
+        records.add(side, 'works', 'layers', works)
+        records.add(side, 'crashes', 'layers', fails, signal=end)
+
+
+CASES = [latency, throughput, status, crash]
