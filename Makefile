@@ -2,7 +2,7 @@
 # alone; each script says in its head what it does and which environment
 # variables it knows. Parallelism: RQCOW2_JOBS, default all CPUs.
 
-.PHONY: help deps build tool stock plain demo check iotests iotests-all bench soak clean
+.PHONY: help deps build tool stock plain demo check iotests iotests-all bench study soak clean
 
 help:
 	@echo 'make demo     from nothing to a guest on a chain of 300 layers, and what it costs'
@@ -10,6 +10,8 @@ help:
 	@echo 'make iotests  upstream'"'"'s iotests, with the C driver and with the Rust driver, side by side'
 	@echo 'make iotests-all  the same with images made with other options, hours'
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
+	@echo 'make study    what a chain costs and why: docs/study.md with figures, measured on this'
+	@echo '              machine; QUICK=1 for less than 15 minutes'
 	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use; one of'
 	@echo '              10,000; then random operations beside the C driver, 4 hours'
 	@echo
@@ -52,6 +54,11 @@ iotests-all:
 bench: deps
 	bench/build
 	bench/run
+
+study: deps
+	bench/build
+	study/deps
+	study/run $(if $(QUICK),--quick)
 
 soak:
 	tests/soak

@@ -17,7 +17,7 @@ from sides import Probe, node
 
 # What a function's own instructions count as: the first that matches its name.
 CAUSES = (
-    ('insertion test', r'.*is_inserted|.*is_available'),
+    ('insertion test', r'.*is_inserted|.*is_available|assert_bdrv_graph_readable'),
     ('table lookups', r'qcow2_get_host_offset|qcow2_cache_|l2_load|l2_|qcow2_get_|offset_to_|'
                       r'.*rust_qcow2|.*qemu_glue|<.*rqcow2|rqcow2_|core::|alloc::|std::|'
                       r'<core|<alloc|<std|_ZN|_R'),
@@ -44,7 +44,8 @@ def own_instructions(path):
     def name_of(text):
         number, _, name = text.partition(' ')
         if name:
-            names[number] = name
+            # 'NUMBER: how often it is on the stack already.
+            names[number] = re.sub(r"'\d+$", '', name)
         return names[number]
 
     with open(path, encoding='utf-8', errors='replace') as file:

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 from contextlib import ExitStack
+from functools import partial
 
 from chain_cases import reads_hole
 from chains import CLUSTER, MIB, empty_overlay
@@ -118,7 +119,7 @@ def throughput(study, records):
                             depth=depth)
         count = 16 if depth > 200 else 64
         samples = turns({
-            (what, side): lambda call=call, side=side, last=last: call(study, side, chain, last)
+            (what, side): partial(call, study, side, chain, last)
             for what, call, last in (('sequential', sequential, MIB),
                                      ('copy-on-write', copy_on_write, count))
             for side in sides}, 1 if depth > 500 else study.few)

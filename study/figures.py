@@ -66,7 +66,7 @@ def walk(results):
     if not records:
         return None
     groups = []
-    for record in records:
+    for record in records[-2:]:
         depth, tenths = record['depth'], [[0] * len(parts) for _ in range(10)]
         for layer, table, end, each in record['layers']:
             part = 2 if table == 'miss' else 3 if table == 'no table' else end == 'unallocated'

@@ -10,7 +10,8 @@ other, so that the order of the events says what belongs to what:
 - bdrv_co_preadv_part on the file of a layer, when it is not for a table: the
   data are there. If a lower layer is asked instead, they are not.
 
-rqcow2 has counters of its own, which query-blockstats tells.
+rqcow2 has an event for each piece of a read, rqcow2_read, when it knows where
+the data are; what it reads from files before that are tables.
 """
 
 import array
@@ -19,7 +20,6 @@ import subprocess
 from collections import Counter
 
 from depth_cases import depths
-from job_cases import served
 
 EVENTS = ('bdrv_open_common', 'bdrv_co_preadv_part', 'qcow2_cache_get', 'qcow2_cache_get_read')
 LINE = re.compile(r'(\w+) (?:bs (0x[0-9a-f]+)|co 0x[0-9a-f]+)(.*)')
@@ -44,7 +44,7 @@ class Walk:
 
     def event(self, name, node, rest):
         if name == 'bdrv_open_common':
-            found = re.search(r'l(\d+)\.qcow2".*format_name "qcow2"', rest)
+            found = re.search(r'l(\d+)\.qcow2".*format_name "r?qcow2"', rest)
             if found:
                 self.layers[node] = self.top - int(found.group(1))
         elif name == 'bdrv_co_preadv_part' and node in self.layers:
@@ -67,13 +67,39 @@ class Walk:
                 self.close('data')
 
 
-def walked(side, chain, offsets):
-    """What requests of QEMU's own driver meet, a Walk."""
+class Resolved(Walk):
+    """Follows those of rqcow2: one lookup for each piece of a read, which may
+    have to read tables first."""
+
+    def __init__(self, top):
+        super().__init__(top)
+        self.lookups = self.hits = self.misses = self.file_reads = 0
+        self.depths = Counter()
+
+    def event(self, name, node, rest):
+        if name == 'bdrv_open_common':
+            super().event(name, node, rest)
+        elif name == 'bdrv_co_preadv_part':
+            if node in self.layers:
+                self.reads += 1
+                self.file_reads = 0
+            elif self.reads:
+                self.file_reads += 1
+        elif name == 'rqcow2_read':
+            # What was read from files before it is known where the data are.
+            self.lookups += 1
+            self.misses += self.file_reads > 0
+            self.hits += self.file_reads == 0
+            self.table_reads += self.file_reads
+            self.depths[int(re.search(r' depth (\d+)', rest).group(1))] += 1
+
+
+def events_of(side, chain, offsets, walk):
+    """What the requests of a side meet: a Walk that has followed its events."""
     command = [side.program('qemu-io'), '-r', '-f', side.driver]
-    for event in EVENTS:
+    for event in EVENTS + (('rqcow2_read',) if side.driver == 'rqcow2' else ()):
         command += ['-T', f'enable={event}']
     command += [word for offset in offsets for word in ('-c', f'read -q {offset} 4k')]
-    walk = Walk(chain.top)
     with subprocess.Popen([*command, chain.top], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
@@ -83,19 +109,9 @@ def walked(side, chain, offsets):
     walk.close('unallocated')
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command[0])
+    if walk.reads != len(offsets):
+        raise ValueError(f'{walk.reads} of {len(offsets)} reads were seen')
     return walk
-
-
-def asked(side, chain, offsets):
-    """The counters of rqcow2 after the same reads through an NBD export."""
-    with served(side, chain) as daemon:
-        socket = chain.path('nbd.sock')
-        side.run('qemu-io', '-r', '-f', 'raw',
-                 *[word for offset in offsets for word in ('-c', f'read -q {offset} 4k')],
-                 f'nbd+unix:///n0?socket={socket}')
-        daemon.ask('query-blockstats', query_nodes=True)
-        return next(stats['driver-specific'] for stats in daemon.answer
-                    if stats.get('node-name') == 'n0')
 
 
 def lookups(study, records):
@@ -106,9 +122,7 @@ def lookups(study, records):
         offsets = array.array('Q')
         with open(chain.data, 'rb') as file:
             offsets.fromfile(file, count)
-        walk = walked(study.stock, chain, offsets)
-        if walk.reads != count:
-            raise ValueError(f'{walk.reads} of {count} reads were seen')
+        walk = events_of(study.stock, chain, offsets, Walk(chain.top))
         for what, wanted in (('lookups', lambda key: True),
                              ('hits with data', lambda key: key[1:] == ('hit', 'data')),
                              ('hits, unallocated',
@@ -119,12 +133,11 @@ def lookups(study, records):
                         sum(n for key, n in walk.met.items() if wanted(key)) / count,
                         depth=depth)
         records.all[-1]['layers'] = [[*key, n / count] for key, n in sorted(walk.met.items())]
-        stats = asked(study.ours, chain, offsets)
-        for what, value in (('lookups', stats['hits'] + stats['misses']),
-                            ('hits with data', stats['hits']), ('misses', stats['misses']),
-                            ('slices merged', stats['merged-slices']),
-                            ('table reads', stats['table-reads'])):
+        walk = events_of(study.ours, chain, offsets, Resolved(chain.top))
+        for what, value in (('lookups', walk.lookups), ('hits with data', walk.hits),
+                            ('misses', walk.misses), ('table reads', walk.table_reads)):
             records.add(study.ours, what, 'each read', value / count, depth=depth)
+        records.all[-1]['depths'] = [[key, n / count] for key, n in sorted(walk.depths.items())]
         study.chains.drop()
 
 

@@ -1,14 +1,14 @@
 """Fills tables, figures and values into study/text/*.md.
 
 {{table NAME}} is a function of tables.py, {{guest NAME}} one of guest_tables.py,
-{{figure NAME}} one of figures.py, {{drawing NAME}} a drawing of study/drawings.
+{{figure NAME}} one of figures.py, {{drawing NAME}} one of drawings.py.
 What was not measured leaves a line that says so.
 """
 
 import os
 import re
-import shutil
 
+import drawings
 import figures
 import guest_tables
 import tables
@@ -35,11 +35,11 @@ class Writer:
         return f'![{title}]({self.shown}/study-{name}.svg)'
 
     def drawing(self, name):
-        source = os.path.join(HERE, 'drawings', f'{name}.svg')
-        shutil.copyfile(source, os.path.join(self.directory, f'study-{name}.svg'))
-        with open(source, encoding='utf-8') as file:
-            title = re.search(r'<title>(.*?)</title>', file.read()).group(1)
-        return f'![{title}]({self.shown}/study-{name}.svg)'
+        picture = drawings.DRAWINGS[name]()
+        with open(os.path.join(self.directory, f'study-{name}.svg'), 'w',
+                  encoding='utf-8') as file:
+            file.write(picture.svg())
+        return f'![{picture.title}]({self.shown}/study-{name}.svg)'
 
     def table(self, module, name):
         text = getattr(module, name)(self.results)
