@@ -20,6 +20,8 @@
  *                       list where the last call stopped; in the main loop,
  *                       or with THREADS > 0 in so many threads with an event
  *                       loop each, QD requests in each of them
+ *   write N             4 KiB writes at the next N offsets of the list, one
+ *                       after the other: not for images that others measure
  *   spin MS THREADS     arithmetic: what several threads get of the machine
  *   tables FILE         reads pieces of files through the file driver; a line
  *                       for each piece: offset, length, path
@@ -30,6 +32,7 @@
 #include "qapi/error.h"
 #include "qobject/qdict.h"
 #include "qobject/qjson.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/memalign.h"
@@ -38,6 +41,7 @@
 #include "qemu/thread.h"
 #include "block/aio.h"
 #include "block/block.h"
+#include "block/qdict.h"
 #include "crypto/init.h"
 #include "system/block-backend.h"
 #include <sys/resource.h>
@@ -69,6 +73,7 @@ static uint64_t *offsets;
 static uint64_t n_offsets;
 static uint64_t position;
 static int flags = BDRV_O_RDWR;
+static bool writing;
 
 static Moment now(void)
 {
@@ -96,6 +101,7 @@ static void coroutine_fn requests(void *opaque)
     Load *load = opaque;
     void *buffer = qemu_blockalign(NULL, BLOCK);
 
+    memset(buffer, 0x5a, BLOCK);
     while (load->ret == 0) {
         uint64_t mine = load->started;
 
@@ -105,8 +111,9 @@ static void coroutine_fn requests(void *opaque)
             break;
         }
         load->started++;
-        int ret = blk_co_pread(blk, offsets[(load->first + mine) % n_offsets],
-                               BLOCK, buffer, 0);
+        uint64_t offset = offsets[(load->first + mine) % n_offsets];
+        int ret = writing ? blk_co_pwrite(blk, offset, BLOCK, buffer, 0)
+                          : blk_co_pread(blk, offset, BLOCK, buffer, 0);
         if (ret < 0) {
             load->ret = ret;
         }
@@ -334,6 +341,13 @@ static int command(char *line)
         return read_blocks(0, n_offsets, atoi(words[1]), 0);
     } else if (g_str_equal(words[0], "read") && n == 4) {
         return read_blocks(atoi(words[1]), 0, atoi(words[2]), atoi(words[3]));
+    } else if (g_str_equal(words[0], "write") && n == 2) {
+        int ret;
+
+        writing = true;
+        ret = read_blocks(0, atoi(words[1]), 1, 0);
+        writing = false;
+        return ret;
     } else if (g_str_equal(words[0], "spin") && n == 3) {
         spin(atoi(words[1]), atoi(words[2]));
         return 0;

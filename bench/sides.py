@@ -117,6 +117,12 @@ class Probe:
         return (answer['seconds'] / answer['count'] * 1e6,
                 answer['cpu'] / answer['count'] * 1e6)
 
+    def write(self, offsets, count):
+        """Writes at so many of the offsets; returns microseconds for each."""
+        self.go(offsets)
+        answer = self.ask(f'write {count}')
+        return answer['seconds'] / answer['count'] * 1e6
+
     def spin(self, milliseconds, threads):
         """Microseconds for each piece of arithmetic."""
         answer = self.ask(f'spin {milliseconds} {threads}')

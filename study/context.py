@@ -25,7 +25,7 @@ class Study(Bench):
 
     def __init__(self, sides, directory, quick, say):
         chains = Chains(directory, quick, say)
-        super().__init__(sides, chains, 3 if quick else 7, quick, None, say)
+        super().__init__(sides, chains, 5 if quick else 9, quick, None, say)
         self.sides = (self.stock, self.inserted, self.ours)
         self.directory = directory
         self.patience = 40 if quick else 200

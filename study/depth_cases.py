@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from chain_cases import reads_hole
-from chains import CLUSTER, MIB, empty_overlay
+from chains import CLUSTER, MIB, empty_overlay, write_offsets
 from context import ENDS
 from job_cases import mapped, timed
 from sides import turns
@@ -83,14 +83,13 @@ def copy_on_write(study, side, chain, count):
     overlay = chain.path('overlay.qcow2')
     empty_overlay(overlay, chain.disk, chain.top)
     try:
-        said = subprocess.run(
-            [side.program('qemu-img'), 'bench', '-f', side.driver, '-i', study.aio, '-t',
-             'writeback', '-w', '-c', str(count), '-d', '1', '-s', '4096', '-S',
-             str(chain.disk // count // CLUSTER * CLUSTER), overlay],
-            check=True, text=True, stdout=subprocess.PIPE, timeout=study.patience).stdout
+        with side.probe(overlay, study.patience, study.aio) as probe:
+            probe.warm(chain.warm)
+            # The overlay's first tables and refcounts do not count.
+            probe.write(chain.clusters, 8)
+            return probe.write(chain.clusters, count)
     finally:
         os.remove(overlay)
-    return float(re.search(r'completed in ([0-9.]+) seconds', said).group(1)) / count * 1e6
 
 
 def sequential(study, side, chain, size):
@@ -106,23 +105,29 @@ def throughput(study, records):
     """Sequential and random reads with many requests under way; copy-on-write."""
     for depth in depths(study, 3000, (1, 30, 300, 800, 1000)):
         chain = study.chains.spread(depth)
-        sides = [side for side in study.works(depth)
-                 if side is study.ours or depth <= 850]
+        chain.clusters = chain.path('clusters')
+        write_offsets(chain.clusters, range(0, chain.disk, CLUSTER))
         with ExitStack() as stack:
-            probes = {side: stack.enter_context(side.probe(chain.top, aio=study.aio))
-                      for side in sides}
-            for probe in probes.values():
-                probe.warm(chain.warm)
+            probes = {}
+            for side in study.works(depth):
+                try:
+                    probe = stack.enter_context(side.probe(chain.top, study.patience, study.aio))
+                    probe.warm(chain.warm)
+                    probes[side] = probe
+                except ENDS as reason:
+                    for what in ('random', 'sequential', 'copy-on-write'):
+                        records.end(side, what, reason, depth=depth)
+                    study.gone[side.name] = min(depth, study.gone.get(side.name, depth))
             clock, _ = study.reads(probes, chain.data, queue_depth=32)
             for side in probes:
                 records.add(side, 'random', 'op/s', [1e6 / us for us in clock[side]],
                             depth=depth)
-        count = 16 if depth > 200 else 64
+        count = 32 if depth > 200 else 256
         samples = turns({
             (what, side): partial(call, study, side, chain, last)
             for what, call, last in (('sequential', sequential, MIB),
                                      ('copy-on-write', copy_on_write, count))
-            for side in sides}, 1 if depth > 500 else study.few)
+            for side in probes}, 1 if depth > 500 else study.few)
         for (what, side), values in samples.items():
             records.add(side, what, 'MiB/s' if what == 'sequential' else 'us', values,
                         depth=depth)
@@ -161,7 +166,7 @@ def crash(study, records):
             records.add(side, 'works', 'layers', chain.depth)
             continue
         # Both die somewhere here; if not, the search starts from depth 1.
-        works, fails = (800 if side is study.stock else 850), chain.depth
+        works, fails = 850, chain.depth
         if reads_hole(study, side, chain, works - 1) != 'works':
             works, fails = 1, works
         while fails - works > exact:

@@ -70,7 +70,7 @@ def beside(results):
         ['guest', '4 CPUs, 4 GiB, KVM, IDE disk, page cache',
          f'1 CPU, 512 MiB, {facts["accelerator"].upper()}, virtio-blk with an I/O thread, '
          'direct reads'],
-        ['disk', '50 GB, 64 KiB clusters', '16 GiB, 64 KiB clusters'],
+        ['disk', '50 GB, 64 KiB clusters', '50 GiB, 64 KiB clusters'],
         ['chain', '500 layers, filled through the guest: each layer one piece',
          '500 layers, the clusters dealt out at random'],
         ['database', '1 000 000 records of 50 fields of 50 bytes; YCSB-C reads 500 000 times '

@@ -40,7 +40,7 @@ def budgeted(side, chain, budget, ours):
 
 def memory(study, records):
     """Resident memory of a process that has a chain open and has read in it."""
-    for gib, depths in (((4, (1, 10, 100, 500)), (16, (1, 10, 100)), (64, (1, 10, 30)))
+    for gib, depths in (((4, (1, 10, 100, 500)), (16, (1, 10, 100, 300)), (64, (1, 10, 30)))
                         if study.quick else
                         ((4, (1, 10, 100, 500, 850)), (16, (1, 10, 30, 100, 300)),
                          (64, (1, 10, 30, 100)))):
