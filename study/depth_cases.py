@@ -9,7 +9,6 @@ the same time and takes turns.
 import os
 import re
 import statistics
-import subprocess
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,7 +18,8 @@ from context import ENDS
 from job_cases import mapped, timed
 from sides import turns
 
-DEPTHS = (1, 2, 5, 10, 30, 100, 200, 300, 500, 700, 850, 1000, 3000, 10000)
+GROUPS = ((1, 2, 5, 10, 30), (100, 200, 300, 500), (700, 850, 1000), (3000,), (10000,))
+DEPTHS = tuple(depth for group in GROUPS for depth in group)
 FEW_DEPTHS = (1, 10, 100, 500, 800, 1000, 3000)
 
 
@@ -62,19 +62,22 @@ def opened(study, side, chain, records, stack):
 
 def latency(study, records):
     """4 KiB reads, cold and warm, opening, closing and memory from depth 1 on."""
-    for depth in depths(study):
-        chain = study.chains.spread(depth)
+    # As many depths as there is room for take turns with each other.
+    for group in (FEW_DEPTHS,) if study.quick else GROUPS:
         with ExitStack() as stack:
-            probes = {}
-            for side in study.works(depth):
-                probe = opened(study, side, chain, records, stack)
-                if probe:
-                    probes[side] = probe
-            for what, offsets in (('data', chain.data), ('hole', chain.holes)):
+            probes, data, holes = {}, {}, {}
+            for depth in group:
+                chain = study.chains.spread(depth)
+                for side in study.works(depth):
+                    probe = opened(study, side, chain, records, stack)
+                    if probe:
+                        probes[side, depth] = probe
+                        data[side, depth], holes[side, depth] = chain.data, chain.holes
+            for what, offsets in (('data', data), ('hole', holes)):
                 clock, cpu = study.reads(probes, offsets)
-                for side in probes:
-                    records.add(side, what, 'us', clock[side], depth=depth)
-                    records.add(side, what + ', CPU', 'us', cpu[side], depth=depth)
+                for side, depth in probes:
+                    records.add(side, what, 'us', clock[side, depth], depth=depth)
+                    records.add(side, what + ', CPU', 'us', cpu[side, depth], depth=depth)
         study.chains.drop()
 
 
@@ -93,8 +96,8 @@ def copy_on_write(study, side, chain, count):
 
 
 def sequential(study, side, chain, size):
-    """MiB/s of reads from the start of the disk on, four at a time."""
-    count = min(chain.disk // size, (64 if chain.depth < 200 else 16) * MIB // size)
+    """MiB/s of reads from the start of the disk on, four at a time, in a fresh process."""
+    count = min(chain.disk, 64 * MIB) // size
     said = side.run('qemu-img', 'bench', '-f', side.driver, '-i', study.aio, '-t', 'writeback',
                     '-c', str(count), '-d', '4', '-s', str(size), chain.top)
     return count * size / MIB / float(
@@ -127,7 +130,7 @@ def throughput(study, records):
             (what, side): partial(call, study, side, chain, last)
             for what, call, last in (('sequential', sequential, MIB),
                                      ('copy-on-write', copy_on_write, count))
-            for side in probes}, 1 if depth > 500 else study.few)
+            for side in probes}, 1 if depth > 500 else study.few + 1)
         for (what, side), values in samples.items():
             records.add(side, what, 'MiB/s' if what == 'sequential' else 'us', values,
                         depth=depth)

@@ -7,7 +7,9 @@ NOTHING = '-'
 
 
 def digits(value):
-    return f'{float(f"{value:.3g}"):,g}'.replace(',', ' ')
+    """Three of them, thousands apart."""
+    value = float(f'{value:.3g}')
+    return (f'{value:,.0f}' if value >= 1000 else f'{value:g}').replace(',', ' ')
 
 
 def shown(value, unit):
@@ -56,7 +58,8 @@ def over_depth(results, case, kinds, **wanted):
             cells = [cell(results, case, what=what, side=side, depth=depth, **wanted)
                      for depth in found]
             if any(text != NOTHING for text in cells):
-                rows.append([name if side == STOCK else '', side, *cells])
+                rows.append([name, side, *cells])
+                name = ''
     return table(['', 'layers:', *(str(depth) for depth in found)], rows)
 
 
@@ -74,6 +77,31 @@ def machine(results):
             ('measured', ', '.join(sorted({case['date'] for case in results.cases.values()}))
              + f', in {round(sum(case["seconds"] for case in results.cases.values()) / 60)} min')]
     return table(['', ''], rows)
+
+
+def short(results):
+    """What stands out, unpatched beside rqcow2, at the greatest depths of both."""
+    rows = []
+    for case, what, name, wanted in (
+            ('latency', 'data', '4 KiB random read of data', {}),
+            ('latency', 'hole', '4 KiB read of a hole', {}),
+            ('throughput', 'sequential', '1 MiB sequential reads', {}),
+            ('throughput', 'copy-on-write', '4 KiB write, copy-on-write', {}),
+            ('latency', 'open', 'opening', {}),
+            ('jobs', 'snapshot', 'blockdev-snapshot', {}),
+            ('jobs', 'block-stream', 'block-stream of all', {}),
+            ('status', 'convert', 'qemu-img convert', {}),
+            ('memory', 'resident', 'memory, 16 GiB disk, all tables touched',
+             {'disk': 16, 'share': 1})):
+        depths = [r['depth'] for r in results.records(case, what=what, side=STOCK, **wanted)
+                  if r['value'] is not None]
+        if not depths:
+            continue
+        deep = {'what': what, 'depth': max(depths), **wanted}
+        one = cell(results, case, side=STOCK, what=what, depth=1, **wanted)
+        rows.append([name, str(max(depths)), *(cell(results, case, side=side, **deep)
+                                               for side in NAMES), one])
+    return table(['', 'layers', *NAMES, 'unpatched, 1 layer'], rows)
 
 
 def latency(results):
