@@ -104,36 +104,51 @@ def sequential(study, side, chain, size):
         re.search(r'completed in ([0-9.]+) seconds', said).group(1))
 
 
+def warm(study, side, chain, records):
+    """A probe that has been to all tables; None if that crashes it."""
+    probe = None
+    try:
+        probe = side.probe(chain.top, study.patience, study.aio)
+        probe.warm(chain.warm)
+        return probe
+    except ENDS as reason:
+        if probe:
+            probe.end()
+        for what in ('random', 'sequential', 'copy-on-write'):
+            records.end(side, what, reason, depth=chain.depth)
+        study.gone[side.name] = min(chain.depth, study.gone.get(side.name, chain.depth))
+        return None
+
+
 def throughput(study, records):
     """Sequential and random reads with many requests under way; copy-on-write."""
-    for depth in depths(study, 3000, (1, 30, 300, 800, 1000)):
-        chain = study.chains.spread(depth)
-        chain.clusters = chain.path('clusters')
-        write_offsets(chain.clusters, range(0, chain.disk, CLUSTER))
+    for group in ((1, 30, 300, 800, 1000),) if study.quick else GROUPS[:-1]:
+        chains = {depth: study.chains.spread(depth) for depth in group}
         with ExitStack() as stack:
             probes = {}
-            for side in study.works(depth):
-                try:
-                    probe = stack.enter_context(side.probe(chain.top, study.patience, study.aio))
-                    probe.warm(chain.warm)
-                    probes[side] = probe
-                except ENDS as reason:
-                    for what in ('random', 'sequential', 'copy-on-write'):
-                        records.end(side, what, reason, depth=depth)
-                    study.gone[side.name] = min(depth, study.gone.get(side.name, depth))
-            clock, _ = study.reads(probes, chain.data, queue_depth=32)
-            for side in probes:
-                records.add(side, 'random', 'op/s', [1e6 / us for us in clock[side]],
+            for depth, chain in chains.items():
+                for side in study.works(depth):
+                    probe = warm(study, side, chain, records)
+                    if probe:
+                        probes[side, depth] = stack.enter_context(probe)
+            clock, _ = study.reads(probes, {key: chains[key[1]].data for key in probes},
+                                   queue_depth=32)
+            for side, depth in probes:
+                records.add(side, 'random', 'op/s', [1e6 / us for us in clock[side, depth]],
                             depth=depth)
-        count = 32 if depth > 200 else 256
-        samples = turns({
-            (what, side): partial(call, study, side, chain, last)
-            for what, call, last in (('sequential', sequential, MIB),
-                                     ('copy-on-write', copy_on_write, count))
-            for side in probes}, 1 if depth > 500 else study.few + 1)
-        for (what, side), values in samples.items():
-            records.add(side, what, 'MiB/s' if what == 'sequential' else 'us', values,
-                        depth=depth)
+        for depth, chain in chains.items():
+            chain.clusters = chain.path('clusters')
+            write_offsets(chain.clusters, range(0, chain.disk, CLUSTER))
+            samples = turns({
+                (what, side): partial(call, study, side, chain, last)
+                for what, call, last in (('sequential', sequential, MIB),
+                                         ('copy-on-write', copy_on_write,
+                                          32 if depth > 200 else 256))
+                for side, there in probes if there == depth},
+                1 if depth > 500 else study.few + 1)
+            for (what, side), values in samples.items():
+                records.add(side, what, 'MiB/s' if what == 'sequential' else 'us', values,
+                            depth=depth)
         study.chains.drop()
 
 

@@ -25,7 +25,7 @@ def rounded(text):
 
 
 def count(value):
-    return f'{value:,g}'.replace(',', ' ')
+    return (f'{value:,.0f}' if value >= 1 else f'{value:g}').replace(',', ' ')
 
 
 def curve(title, axis, case, what, scale, text, **wanted):

@@ -36,11 +36,13 @@ def in_use(study, side, top, socket):
                                  'server': {'type': 'unix', 'path': socket}}) as client:
             try:
                 yield daemon, client
-            except Crash:
-                # The client complains, the daemon is what ended.
-                if daemon.process.poll() is not None:
-                    raise Crash(ended(daemon.process)) from None
-                raise
+            except Crash as reason:
+                # The client complains, the daemon may be what ended.
+                try:
+                    daemon.process.wait(3)
+                except subprocess.TimeoutExpired:
+                    raise reason from None
+                raise Crash(ended(daemon.process)) from None
     if os.path.exists(socket):
         os.remove(socket)
 

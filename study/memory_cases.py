@@ -61,7 +61,7 @@ def cache_size(study, records):
     depth, gib = (100, 16) if study.quick else (300, 16)
     chain = study.chains.full_tables(depth, gib * GIB)
     offsets = part(chain, 1)
-    for mib in (1, 4, 16, 64) if study.quick else (1, 2, 4, 8, 16, 32, 64, 128, 256):
+    for mib in (1, 4, 16, 64, 256) if study.quick else (1, 2, 4, 8, 16, 32, 64, 128, 256):
         for side in study.sides:
             try:
                 with Probe(side, budgeted(side, chain, mib << 20, study.ours),
