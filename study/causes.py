@@ -123,7 +123,7 @@ def causes(study, records):
                                 cause=name)
                 records.all[-1]['largest'] = [
                     [function, round(cost / count)] for function, cost in found.most_common(12)]
-        study.chains.drop()
+        study.tidy()
 
 
 CASES = [causes]

@@ -11,7 +11,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', 'bench'))
 # pylint: disable=wrong-import-position
 from chain_cases import Bench
-from chains import Chains
+from chains import GIB, Chains
 from compared import machine
 from sides import Crash, Slow
 
@@ -35,6 +35,13 @@ class Study(Bench):
     def works(self, depth):
         """The sides that may get this far: who crashed before is not tried again."""
         return [side for side in self.sides if depth < self.gone.get(side.name, depth + 1)]
+
+    def tidy(self, most=2 * GIB):
+        """Gives the space of the chains back if it is much: the next case may
+        have use for them."""
+        if sum(entry.stat().st_size for chain in self.chains.made.values()
+               for entry in os.scandir(chain.directory)) > most:
+            self.chains.drop()
 
     def path(self, name):
         return os.path.join(self.directory, name)

@@ -78,7 +78,7 @@ def latency(study, records):
                 for side, depth in probes:
                     records.add(side, what, 'us', clock[side, depth], depth=depth)
                     records.add(side, what + ', CPU', 'us', cpu[side, depth], depth=depth)
-        study.chains.drop()
+        study.tidy()
 
 
 def copy_on_write(study, side, chain, count):
@@ -149,7 +149,7 @@ def throughput(study, records):
             for (what, side), values in samples.items():
                 records.add(side, what, 'MiB/s' if what == 'sequential' else 'us', values,
                             depth=depth)
-        study.chains.drop()
+        study.tidy()
 
 
 def status(study, records):
@@ -171,7 +171,7 @@ def status(study, records):
                 records.add(side, 'convert', 's', [max(value - least, 1e-3) for value in whole],
                             depth=depth)
                 os.remove(out)
-        study.chains.drop()
+        study.tidy()
 
 
 def crash(study, records):

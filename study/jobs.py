@@ -139,7 +139,7 @@ def jobs(study, records):
                             1 if depth > 100 and study.quick else study.few)
             for side, runs in samples.items():
                 record(records, side, what, runs, depth=depth)
-        study.chains.drop()
+        study.tidy()
 
 
 class Shadowed(Chain):

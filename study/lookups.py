@@ -138,7 +138,7 @@ def lookups(study, records):
                             ('misses', walk.misses), ('table reads', walk.table_reads)):
             records.add(study.ours, what, 'each read', value / count, depth=depth)
         records.all[-1]['depths'] = [[key, n / count] for key, n in sorted(walk.depths.items())]
-        study.chains.drop()
+        study.tidy()
 
 
 CASES = [lookups]

@@ -53,7 +53,7 @@ def memory(study, records):
                             probe.warm(part(chain, share))
                         records.add(side, 'resident', 'MiB', probe.status('VmRSS'), depth=depth,
                                     disk=gib, share=share)
-            study.chains.drop()
+            study.tidy()
 
 
 def cache_size(study, records):
