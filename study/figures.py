@@ -119,6 +119,8 @@ FIGURES = {
     'commit-guest': curve('Reads of a client while the chain is committed', 'requests a second, '
                           '4 KiB, queue depth 1, over NBD', 'jobs', 'block-commit: while', 1,
                           count),
+    'streaming': curve('Streaming 64 MiB of data', 'time of block-stream, with a client that reads',
+                       'streaming', 'block-stream', 1e6, svg.duration, data=64, times=1),
     'memory': curve('Memory of a process that has a chain open', 'resident, 16 GiB disk, every '
                     'L2 table touched', 'memory', 'resident', 1, svg.memory, disk=16, share=1),
     'memory-small': curve('The same for a disk of 4 GiB', 'resident, every L2 table touched',

@@ -142,10 +142,11 @@ def streaming(results):
             before, during = (results.value('streaming', what=f'block-stream: {name}', **wanted)
                               for name in ('before', 'while'))
             row += [cell(results, 'streaming', what='block-stream', **wanted),
-                    f'{round(during / before * 100)} %' if before and during else NOTHING]
+                    f'{digits(during)} op/s ({round(during / before * 100)} %)'
+                    if before and during else NOTHING]
         rows.append(row)
     return table(['layers', 'data', 'with what is hidden',
-                  *(text for side in NAMES for text in (side, 'client keeps'))], rows)
+                  *(text for side in NAMES for text in (side, 'client meanwhile'))], rows)
 
 
 def crash(results):
