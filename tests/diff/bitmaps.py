@@ -39,13 +39,13 @@ def bitmap(chain, rng):
             words = ['--merge', rng.choice(NAMES[:3])]
             if rng.random() < 0.4:
                 other = rng.choice(chain.layers)
-                if other.kind == 'qcow2' and other is not layer:
+                if other.kind == 'qcow2' and other is not layer and not chain.with_secrets(other):
                     words += ['-b', other.name, '-F', lambda d: d.format]
         else:
             words = ['--add', '--merge', rng.choice(NAMES[:3]), '--disable']
         # A line of its own with a name that is in the way, or not there, is
         # refused by both in the same words.
-        chain.both('qemu-img', ['bitmap', *words, '-f', lambda d: d.format, layer.name, name], status=None)
+        chain.both('qemu-img', ['bitmap', *words, *chain.image(layer), name], status=None)
 
 
 def read(path):

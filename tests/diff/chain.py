@@ -12,6 +12,7 @@ from .runs import Runs
 
 KIB = 1024
 MIB = 1024 * KIB
+KEY = 'encrypt.key-secret=sec0'
 
 
 class Layer:
@@ -37,11 +38,23 @@ class Layer:
         self.content = Runs(size)
         # Internal snapshots: name, and content and cut as they were.
         self.kept = {}
+        # The name of the external data file, and whether the disk is there as it is.
+        self.data_file = None
+        self.data_is_raw = False
+        self.encrypted = False
 
     def describe(self, options):
         """Takes from the creation options what there is to know."""
-        if 'extended_l2=on' in options:
-            self.part = self.cluster // 32
+        for word in options.split(','):
+            key, value = word.split('=')
+            if word == 'extended_l2=on':
+                self.part = self.cluster // 32
+            elif key == 'data_file':
+                self.data_file = value
+            elif word == 'data_file_raw=on':
+                self.data_is_raw = True
+            elif key == 'encrypt.format':
+                self.encrypted = True
 
     @property
     def size(self):
@@ -159,6 +172,25 @@ class Chain:
         """The image that is written to."""
         return self.layers[-1]
 
+    def with_secrets(self, layer):
+        """Whether a layer, or one below it, is encrypted."""
+        return any(other.encrypted for other in self.layers[:self.layers.index(layer) + 1])
+
+    def node(self, driver, layer, name=None, alone=False):
+        """The options that open a layer, or a copy of it called name, with what is below or alone."""
+        fmt = driver.format if layer.kind == 'qcow2' else 'raw'
+        words = [f'driver={fmt}', f'file.filename={name or layer.name}']
+        below = self.layers[:self.layers.index(layer) + 1][::-1] if layer in self.layers else [layer]
+        words += ['backing.' * depth + KEY for depth, other in enumerate(below[:1] if alone else below)
+                  if other.encrypted]
+        return ','.join(words)
+
+    def image(self, layer, name=None, alone=False):
+        """Arguments for qemu-img that name what node() opens."""
+        if layer in self.layers and self.with_secrets(layer) or layer.encrypted:
+            return [*programs.SECRET, '--image-opts', lambda d: self.node(d, layer, name, alone)]
+        return ['-f', (lambda d: d.format) if layer.kind == 'qcow2' else 'raw', name or layer.name]
+
     def note_tails(self):
         """Notes which images may have copied something beyond their end."""
         for below, layer in zip(self.layers, self.layers[1:]):
@@ -193,8 +225,18 @@ class Chain:
         extended = version == 3 and bits >= 14 and rng.random() < 0.4
         if extended:
             options.append('extended_l2=on')
+        encrypted = rng.random() < 0.12
+        if encrypted:
+            options += ['encrypt.format=' + rng.choice(['luks', 'luks', 'aes']), KEY]
+            if options[-2].endswith('luks'):
+                options.append('encrypt.iter-time=10')
+        if version == 3 and rng.random() < 0.15:
+            options.append('data_file=' + self.name('data'))
+            if not backed and rng.random() < 0.5:
+                options.append('data_file_raw=on')
         preallocation = 'off'
-        if (extended or not backed) and not self.large and rng.random() < 0.3:
+        # What an encrypted image has where nothing was written is noise.
+        if (extended or not backed) and not self.large and not encrypted and rng.random() < 0.3:
             preallocation = rng.choice(['metadata', 'falloc', 'full'])
             options.append(f'preallocation={preallocation}')
         return ','.join(options), 1 << bits, version, lazy, preallocation != 'off'
@@ -211,7 +253,8 @@ class Chain:
             layer = Layer(self.name('qcow2'), 'qcow2', self.draw_size(rng, cluster), cluster, version)
             layer.lazy, layer.preallocated = lazy, preallocated
             layer.describe(options)
-            self.both('qemu-img', ['create', '-q', '-f', lambda d: d.format, '-o', options, layer.name, layer.size])
+            self.both('qemu-img', ['create', '-q', *programs.SECRET, '-f', lambda d: d.format, '-o', options,
+                                   layer.name, layer.size])
         self.layers.append(layer)
 
     def add_layer(self, rng):
@@ -223,6 +266,9 @@ class Chain:
             size = self.draw_size(rng, cluster)
         # Not created with a size, an overlay has that of the image below.
         args = [size] if size != below.size or rng.random() < 0.5 else []
+        # Nor is there a way to tell how to open that, if it takes more than its name.
+        if self.with_secrets(below):
+            args = [size, '-u']
         layer = Layer(self.name('qcow2'), 'qcow2', below.size, cluster, version)
         layer.lazy, layer.preallocated = lazy, preallocated
         layer.describe(options)
@@ -230,8 +276,8 @@ class Chain:
         layer.content.resize(size)
         same_name = rng.random() < 0.5
         backing = [lambda d: d.format if same_name else 'qcow2'] if below.kind == 'qcow2' else ['raw']
-        self.both('qemu-img', ['create', '-q', '-f', lambda d: d.format, '-o', options, '-b', below.name,
-                               '-F', *backing, layer.name, *args])
+        self.both('qemu-img', ['create', '-q', *programs.SECRET, '-f', lambda d: d.format, '-o', options,
+                               '-b', below.name, '-F', *backing, layer.name, *args])
         self.layers.append(layer)
 
     # The open image
@@ -241,7 +287,7 @@ class Chain:
         self.deal(rng)
         for _ in range(5):
             options = self.draw_open_options(rng)
-            pair = [programs.Io(driver, self.top.name, self.format_options(driver, options), directory,
+            pair = [programs.Io(driver, self.node(driver, self.top), self.format_options(options), directory,
                                 self.settings.limit)
                     for driver, directory in zip(self.served, self.directories)]
             self.note(f'open {self.top.name} {",".join(options)} [{self.served[0].name}, {self.served[1].name}]')
@@ -259,9 +305,9 @@ class Chain:
                 return
         raise Mismatch(f'cannot open {self.top.name}: {answers[0]}')
 
-    def format_options(self, driver, options):
+    def format_options(self, options):
         """The options, for the driver that has them."""
-        return options if self.top.kind == 'qcow2' else ['driver=raw'] + [o for o in options if o.startswith('discard=')]
+        return options if self.top.kind == 'qcow2' else [o for o in options if o.startswith('discard=')]
 
     def draw_open_options(self, rng):
         """Run-time options."""
@@ -427,16 +473,27 @@ class Chain:
     def verify_layer(self, driver, side, layer):
         """Compares what a driver reads from an image with the model."""
         out = os.path.join(self.directories[side], 'out.raw')
-        fmt = driver.format if layer.kind == 'qcow2' else 'raw'
-        self.run(driver, side, 'qemu-img', ['convert', '-f', fmt, '-O', 'raw', layer.name, 'out.raw'])
+        self.run(driver, side, 'qemu-img', ['convert', '-O', 'raw', *self.image(layer), 'out.raw'])
         self.expect(out, layer.content, f'{layer.name} of side {"ab"[side]} as read by {driver.name}')
         os.remove(out)
+        if layer.data_is_raw and not layer.encrypted:
+            self.expect_raw(side, layer)
+
+    def expect_raw(self, side, layer):
+        """A raw data file has the disk without the image."""
+        path = os.path.join(self.directories[side], layer.data_file)
+        size = os.path.getsize(path)
+        with open(path, 'rb') as file:
+            for start, end, value in layer.content.runs():
+                if value or start < size:
+                    check_run(file, start, end if value else min(end, size), bytes([value]),
+                              f'the data file of {layer.name} of side {"ab"[side]}')
 
     def check_layer(self, side, layer):
         """The unpatched qemu-img finds nothing to complain about."""
         if layer.kind != 'qcow2':
             return
-        self.run(self.settings.oracle, side, 'qemu-img', ['check', '-q', '-f', 'qcow2', layer.name])
+        self.run(self.settings.oracle, side, 'qemu-img', ['check', '-q', *self.image(layer)])
         path = os.path.join(self.directories[side], layer.name)
         with open(path, 'rb') as file:
             if b'rqcow2' in file.read(layer.cluster):
@@ -448,8 +505,8 @@ class Chain:
         for name, (content, _) in layer.kept.items():
             # It is shown with the size of the disk.
             if content.size == layer.size:
-                self.run(driver, side, 'qemu-img', ['convert', '-f', driver.format, '-l', f'snapshot.name={name}',
-                                                    '-O', 'raw', layer.name, 'out.raw'])
+                self.run(driver, side, 'qemu-img', ['convert', '-l', f'snapshot.name={name}', '-O', 'raw',
+                                                    *self.image(layer), 'out.raw'])
                 self.expect(out, content, f'snapshot {name} of {layer.name} of side {"ab"[side]} as read by '
                                           f'{driver.name}')
                 os.remove(out)
@@ -497,14 +554,16 @@ class Chain:
         if thorough:
             commands.append(['info', '--backing-chain', '--output=json'])
         for command in commands:
-            line = [command[0], '-f', lambda d: d.format, *command[1:], self.top.name]
+            line = [*command, *self.image(self.top, alone=command[0] == 'info')]
             if command[0] == 'snapshot':
-                line = ['snapshot', '--image-opts', '-l', lambda d: f'driver={d.format},file.filename={self.top.name}']
+                line = [*command, *programs.SECRET, '--image-opts', lambda d: self.node(d, self.top)]
             texts = [self.run(d, side, 'qemu-img', line)[1] for d in (driver, oracle)]
             answers = texts if command[0] == 'snapshot' else [programs.parse(text) for text in texts]
             if command[0] == 'measure' and answers[1].get('bitmaps') == 0:
                 # Known only to a driver that can keep bitmaps.
                 answers = [{k: v for k, v in answer.items() if k != 'bitmaps'} for answer in answers]
+            if command[0] == 'info':
+                answers = [without_chain(answer) for answer in answers]
             if answers[0] != answers[1]:
                 raise Mismatch(f'qemu-img {command[0]} {self.top.name}:\n  {driver.name}: {texts[0]}\n'
                                f'  {oracle.name}: {texts[1]}')
@@ -519,6 +578,15 @@ class Chain:
                 if maps[0] != maps[1]:
                     raise Mismatch(f'qemu-img map {self.top.name}: side {"ab"[side]}: {maps[0]}\n'
                                    f'  side {"ab"[1 - side]}: {maps[1]}')
+
+
+def without_chain(info):
+    """What qemu-img info tells, less what rqcow2 alone says: how long its chains are."""
+    if isinstance(info, list):
+        return [without_chain(value) for value in info]
+    if isinstance(info, dict):
+        return {key: without_chain(value) for key, value in info.items() if key != 'chain'}
+    return info
 
 
 class Tables:

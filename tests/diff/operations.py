@@ -10,7 +10,7 @@ import shutil
 from . import bitmaps
 from .bitmaps import bitmap
 from .chain import KIB, MIB, Chain, Layer, check_run
-from .programs import Mismatch
+from .programs import SECRET, Mismatch
 
 # QEMU's driver cannot preallocate if it finds the room within the file.
 GAP = 'Cannot use preallocation for shrinking files'
@@ -246,6 +246,8 @@ def truncate(chain, rng):
             # QEMU's driver begins behind the last cluster in use, though the
             # file may be longer, and leaves what was freed there.
             modes = ['off']
+        if top.encrypted:
+            modes = ['off']
         mode = rng.choice(modes)
         top.preallocated = True
     if rng.random() < 0.6:
@@ -259,12 +261,13 @@ def truncate(chain, rng):
         chain.close()
         chain.deal(rng)
         shrink = ['--shrink'] if size < top.size else []
-        args = ['resize', '-q', '-f', lambda d: d.format if top.kind == 'qcow2' else 'raw', *shrink]
-        done = chain.both('qemu-img', [*args, f'--preallocation={mode}', top.name, size], status=None, weakness=GAP)
+        args = ['resize', '-q', *shrink]
+        image = chain.image(top)
+        done = chain.both('qemu-img', [*args, f'--preallocation={mode}', *image, size], status=None, weakness=GAP)
         if done is None:
             return
         if done in (0, 1):
-            chain.run(chain.served[done], done, 'qemu-img', [*args, top.name, size])
+            chain.run(chain.served[done], done, 'qemu-img', [*args, *image, size])
     old, cut = top.size, top.cut
     top.content.resize(size)
     if size < old:
@@ -328,8 +331,8 @@ def keep(chain, rng):
     chain.deal(rng)
     kept = top.kept
     draw = rng.random()
-    args = ['snapshot', '-q', '--image-opts']
-    image = [lambda d: f'driver={d.format},file.filename={top.name}']
+    args = ['snapshot', '-q', *SECRET, '--image-opts']
+    image = [lambda d: chain.node(d, top)]
     if not kept or draw < 0.5 and len(kept) < 6:
         name = f's{chain.serial}'
         chain.serial += 1
@@ -364,7 +367,7 @@ def mend(chain):
     for side in (0, 1):
         # QEMU's driver loses the snapshots of an image that has bitmaps as well.
         chain.run(chain.settings.driver, side, 'qemu-img',
-                  ['check', '-q', '-r', 'all', '-f', lambda d: d.format, chain.top.name])
+                  ['check', '-q', '-r', 'all', *chain.image(chain.top)])
 
 
 def refcounts_are_small(chain):
@@ -399,7 +402,7 @@ def amend(chain, rng):
             words.append(f'refcount_bits={rng.choice(widths)}')
     if not words:
         return
-    done = chain.both('qemu-img', ['amend', '-f', lambda d: d.format, '-o', ','.join(words), top.name], status=None)
+    done = chain.both('qemu-img', ['amend', '-o', ','.join(words), *chain.image(top)], status=None)
     # Some of it may be done although the rest is refused; tables are where there is room.
     chain.alike = False
     with open(os.path.join(chain.directories[0], top.name), 'rb') as file:
@@ -421,17 +424,18 @@ def commit(chain, rng):
     chain.deal(rng)
     top = chain.top
     depth = 1
-    if len(chain.layers) > 2 and rng.random() < 0.3:
+    # With a key a layer has no plain name that -b could tell.
+    if len(chain.layers) > 2 and not chain.with_secrets(top) and rng.random() < 0.3:
         depth = rng.randint(1, len(chain.layers) - 1)
     base = chain.layers[-1 - depth]
     if base.cut and base.size < top.size:
         return
-    args = ['commit', '-q', '-f', lambda d: d.format]
+    args = ['commit', '-q']
     if depth > 1:
         args += ['-b', base.name]
     elif rng.random() < 0.4:
         args += ['-d']
-    if chain.both('qemu-img', args + [top.name], status=None) is None:
+    if chain.both('qemu-img', args + chain.image(top), status=None) is None:
         # An old image cannot grow if its backing file is longer than itself,
         # and none that has bitmaps which nobody kept.
         old = base.version == 2 and base is not chain.layers[0]
@@ -459,22 +463,24 @@ def rebase(chain, rng):
     chain.close()
     chain.deal(rng)
     draw = rng.random()
-    fmt = ['-f', lambda d: d.format]
+    top = chain.top
     if draw < 0.3:
         # Another name of the same file.
         below = chain.layers[-2]
         name = f'./{below.name}' if rng.random() < 0.5 else below.name
-        args = ['rebase', '-q', '-u', *fmt, '-b', name, '-F',
-                (lambda d: d.format) if below.kind == 'qcow2' else 'raw', chain.top.name]
+        args = ['rebase', '-q', '-u', '-b', name, '-F',
+                (lambda d: d.format) if below.kind == 'qcow2' else 'raw', *chain.image(top, alone=True)]
         chain.both('qemu-img', args)
+    elif chain.with_secrets(chain.layers[-2]):
+        return      # it opens them by what the header says alone
     elif draw < 0.6 or len(chain.layers) < 3:
-        chain.both('qemu-img', ['rebase', '-q', *fmt, '-b', '', chain.top.name])
+        chain.both('qemu-img', ['rebase', '-q', '-b', '', *chain.image(top)])
         del chain.layers[:-1]
     else:
         keep = rng.randint(1, len(chain.layers) - 2)
         below = chain.layers[keep - 1]
-        chain.both('qemu-img', ['rebase', '-q', *fmt, '-b', below.name, '-F',
-                                (lambda d: d.format) if below.kind == 'qcow2' else 'raw', chain.top.name])
+        chain.both('qemu-img', ['rebase', '-q', '-b', below.name, '-F',
+                                (lambda d: d.format) if below.kind == 'qcow2' else 'raw', *chain.image(top)])
         del chain.layers[keep:-1]
 
 
@@ -491,18 +497,17 @@ def convert(chain, rng):
     layer.lazy, layer.preallocated = lazy, preallocated
     layer.describe(options)
     layer.content = top.content.copy()
-    args = ['convert', '-q', '-f', (lambda d: d.format) if top.kind == 'qcow2' else 'raw',
-            '-O', lambda d: d.format, '-o', options]
+    args = ['convert', '-q', *([] if chain.with_secrets(top) else SECRET), '-O', lambda d: d.format, '-o', options]
     if rng.random() < 0.3:
         args += ['-S', rng.choice(['0', '4k', '64k'])]
     # Copying out of order lays the new image out differently.
     unordered = rng.random() < 0.3
     if unordered:
         args += ['-W', '-m', rng.randint(1, 16)]
-    if not preallocated and rng.random() < 0.4:
+    if not (preallocated or layer.encrypted or layer.data_file) and rng.random() < 0.4:
         args.append('-c')
         layer.packed = None
-    chain.both('qemu-img', args + [top.name, layer.name])
+    chain.both('qemu-img', [*args, *chain.image(top), layer.name])
     for side in (0, 1):
         chain.check_layer(side, layer)
     driver = rng.choice([chain.settings.driver, chain.settings.oracle])
@@ -519,7 +524,7 @@ def measure(chain, rng):
     chain.close()
     chain.deal(rng)
     options, *_ = chain.draw_options(rng, False)
-    texts = chain.both('qemu-img', ['measure', '--output=json', '-O', lambda d: d.format, '-o', options,
+    texts = chain.both('qemu-img', ['measure', '--output=json', *SECRET, '-O', lambda d: d.format, '-o', options,
                                     '--size', rng.randint(0, 1 << rng.randint(10, 46))], status=None)
     if texts and texts[0] != texts[1]:
         raise Mismatch(f'qemu-img measure: {texts[0]}\n  {texts[1]}')
@@ -557,17 +562,17 @@ def crash(chain, rng):
         # Opening, by a driver that may not have been the one that crashed,
         # or a repair: both have to be enough.
         repair = rng.choice([driver, oracle])
-        fmt = ['-f', lambda d: d.format]
+        image = chain.image(top)
         # A lazy image is marked dirty, and its refcounts are allowed to be wrong.
-        status, text = chain.run(oracle, side, 'qemu-img', ['check', '-U', *fmt, top.name], (0, 2, 3))
+        status, text = chain.run(oracle, side, 'qemu-img', ['check', '-U', *image], (0, 2, 3))
         if status == 2 and not is_dirty(os.path.join(chain.directories[side], top.name)):
             raise Mismatch(f'{top.name} of side {"ab"[side]} is corrupt after a crash:\n{text}')
         if rng.random() < 0.5:
-            chain.run(repair, side, 'qemu-io', ['-c', 'read 0 512', '--image-opts',
-                                                lambda d: f'driver={d.format},file.filename={top.name}'])
+            chain.run(repair, side, 'qemu-io', ['-c', 'read 0 512', *SECRET, '--image-opts',
+                                                lambda d: chain.node(d, top)])
         chain.run(repair, side, 'qemu-img', ['check', '-q', '-r', rng.choice(['leaks', 'all'])
                                              if not is_dirty(os.path.join(chain.directories[side], top.name))
-                                             else 'all', *fmt, top.name])
+                                             else 'all', *image])
         chain.check_layer(side, top)
         crashed_contents(chain, rng.choice([driver, oracle]), side, flushed, later)
     # Make it known again what is there.
@@ -590,7 +595,7 @@ def is_dirty(path):
 def crashed_contents(chain, driver, side, flushed, later):
     """Everything flushed is there, the rest is old or new."""
     top = chain.top
-    chain.run(driver, side, 'qemu-img', ['convert', '-f', lambda d: d.format, '-O', 'raw', top.name, 'out.raw'])
+    chain.run(driver, side, 'qemu-img', ['convert', '-O', 'raw', *chain.image(top), 'out.raw'])
     path = os.path.join(chain.directories[side], 'out.raw')
     edges = sorted({0, top.size, *(a for a, _, _ in later), *(b for _, b, _ in later)})
     with open(path, 'rb') as file:
@@ -620,20 +625,26 @@ def repair(chain, rng):
     chain.note(f'damage a copy of {layer.name} of side {"ab"[side]}: {what}')
     pair = [chain.settings.driver, chain.settings.oracle]
     level = rng.choice(['leaks', 'all', 'all'])
+    has_bitmaps = bool(bitmaps.read(os.path.join(directory, layer.name)))
     for args in ([], ['-r', level], []):
         texts = []
         for driver, name in zip(pair, names):
             status, text = chain.run(driver, side, 'qemu-img',
-                                     ['check', '--output=json', *args, '-f', lambda d: d.format, name], (0, 1, 2, 3))
+                                     ['check', '--output=json', *args, *chain.image(layer, name)], (0, 1, 2, 3))
             texts.append((status, comparable(text, bool(args))))
         if texts[0] != texts[1]:
             raise Mismatch(f'qemu-img check {" ".join(args)} of {layer.name}, damaged ({what}):\n  {pair[0].name}: '
                            f'status {texts[0][0]}: {texts[0][1]}\n  {pair[1].name}: status {texts[1][0]}: {texts[1][1]}')
+        if args and texts[1][0] == 1 and has_bitmaps:
+            # Given up, but the bitmaps are stored all the same, in clusters that only seem to be free. QEMU's driver
+            # has no L1 table any more when it closes an image, and overwrites an L2 table where rqcow2 stops.
+            level = None
+            break
     if level == 'all':
         # Whoever repaired it: the unpatched qemu-img agrees.
         for name in names:
             status, text = chain.run(chain.settings.oracle, side, 'qemu-img',
-                                     ['check', '-f', 'qcow2', name], (0, 1, 2, 3))
+                                     ['check', *chain.image(layer, name)], (0, 1, 2, 3))
             if status != texts[1][0]:
                 raise Mismatch(f'{layer.name}, damaged ({what}) and repaired, is not sound:\n{text}')
     for name in names:

@@ -9,6 +9,10 @@ import subprocess
 import time
 
 
+# The key of all encrypted images.
+SECRET = ['--object', 'secret,id=sec0,data=geheim']
+
+
 class Mismatch(Exception):
     """What a driver did is not what it should have done."""
 
@@ -63,13 +67,14 @@ class Io:
 
     prompt = b'qemu-io> '
 
-    def __init__(self, driver, path, options, cwd, limit, read_only=False):
+    def __init__(self, driver, node, options, cwd, limit, read_only=False):
         self.driver = driver
         self.limit = limit
-        options = [f'driver={driver.format}', f'file.filename={path}', *options]
+        options = [node, *options]
         # qemu-io polls its standard input, but reads it through a buffer: of
         # two lines that come together it would see the first only.
-        args = ['stdbuf', '-i0', driver.program('qemu-io'), *(['-r'] if read_only else []), '--image-opts', ','.join(options)]
+        args = ['stdbuf', '-i0', driver.program('qemu-io'), *(['-r'] if read_only else []), *SECRET,
+                '--image-opts', ','.join(options)]
         self.args = args
         self.process = subprocess.Popen(args, cwd=cwd, env=driver.env, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
