@@ -123,16 +123,22 @@ def guest(study, records):
         top = os.path.join(os.path.dirname(chains[layers]), 'run.qcow2')
         empty_overlay(top, DISK, chains[layers])
         output = study.path('guest.json')
-        done = subprocess.run(
-            [sys.executable, os.path.join(HERE, 'guest', 'run'), '--qemu',
-             side.program('qemu-system-x86_64'), '--driver', side.driver, '--top', top,
-             '--programs', image, '--kernel', kernel, '--initrd', initrd, '--logs',
-             study.path('logs'), '--output', output, '--accel', accelerator[0], '--seconds',
-             str(seconds), '--records', str(count), '--value', str(VALUE)],
-            check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with subprocess.Popen(
+                [sys.executable, os.path.join(HERE, 'guest', 'run'), '--qemu',
+                 side.program('qemu-system-x86_64'), '--driver', side.driver, '--top', top,
+                 '--programs', image, '--kernel', kernel, '--initrd', initrd, '--logs',
+                 study.path('logs'), '--output', output, '--accel', accelerator[0],
+                 '--seconds', str(seconds), '--records', str(count), '--value', str(VALUE)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            try:
+                said, _ = process.communicate()
+            except BaseException:
+                # It stops its QEMU then.
+                process.terminate()
+                raise
         os.remove(top)
-        if done.returncode:
-            raise Crash(done.stdout.strip())
+        if process.returncode:
+            raise Crash(said.strip())
         with open(output, encoding='utf-8') as file:
             found = json.load(file)
         accelerator[0] = found['accelerator']
