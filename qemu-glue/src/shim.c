@@ -261,7 +261,7 @@ void rq_timer_free(QEMUTimer *timer)
 int coroutine_fn rq_co_pread(BdrvChild *child, int64_t offset, int64_t bytes,
                              void *buf)
 {
-    return bdrv_co_pread(child, offset, bytes, buf, 0);
+    return bdrv_co_pread(child, offset, bytes, buf, BDRV_REQ_TRY_CACHE);
 }
 
 int coroutine_fn rq_co_pwrite(BdrvChild *child, int64_t offset, int64_t bytes,

@@ -77,6 +77,17 @@ impl<H: Host> Image<H> {
     }
 }
 
+impl<H: Host> Image<H> {
+    /// How many of `len` > 0 bytes at `guest` come from the same place below
+    /// this image, if the index has that in memory.
+    pub(crate) fn known_below(&self, guest: GuestOffset, len: u64) -> Option<u64> {
+        let view = self.links().last_view();
+        let index = view.index.as_ref()?;
+        let known = index.look_up(guest, len, view.layers.len())?;
+        Some(known.len)
+    }
+}
+
 /// What the index says of a question for a layer.
 enum Target {
     Layer(usize),

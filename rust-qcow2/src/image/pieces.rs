@@ -138,13 +138,12 @@ fn collect_entries(bytes: &[u8], extended: bool, from: u32, found: &mut Vec<Numb
     const BLOCK: usize = 128;
     let entry_bytes = if extended { 16 } else { 8 };
     let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
+    let raw = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_ne_bytes);
     for (block, number) in bytes
         .chunks(BLOCK)
         .zip((from..).step_by(BLOCK / entry_bytes))
     {
-        let any = block
-            .chunks_exact(8)
-            .fold(0, |any, bytes| any | word(bytes));
+        let any = block.chunks_exact(8).fold(0, |any, bytes| any | raw(bytes));
         if any == 0 {
             continue;
         }

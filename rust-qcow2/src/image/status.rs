@@ -46,6 +46,11 @@ impl<H: Host> Image<H> {
     /// # Errors
     /// Those of the file, `EIO` for damaged tables.
     pub fn block_status(&self, guest: GuestOffset, len: u64) -> Result<BlockStatus> {
+        let len = if len > self.geometry.cluster_size() {
+            self.worth_asking(guest, len)?
+        } else {
+            len
+        };
         let (first, mut len_known) = self.part_at(guest, len)?;
         let kind = match first.mapping {
             Mapping::Unallocated => StatusKind::Unallocated {
@@ -72,6 +77,17 @@ impl<H: Host> Image<H> {
             kind,
             sparse,
         })
+    }
+
+    /// How many of `len` bytes are to be looked at. Where this image has nothing
+    /// the next question is what the layers below have: with data in many of
+    /// them the answer is short, and to find the end of what is not here each
+    /// time would take the square of the number of clusters.
+    fn worth_asking(&self, guest: GuestOffset, len: u64) -> Result<u64> {
+        match self.known_below(guest, len) {
+            Some(known) if self.part_at(guest, 1)?.0.mapping == Mapping::Unallocated => Ok(known),
+            _ => Ok(len),
+        }
     }
 
     /// What is at `guest`, as far as one run goes. An index above that found
