@@ -90,6 +90,12 @@ impl<H: Host> Image<H> {
             let found = find(self, guest, len)?;
             let known = match found.source {
                 Source::Zero => found.len,
+                Source::Layer(held, host) if precise => {
+                    match held.image().hole_at(host, found.len)? {
+                        Some(known) => known,
+                        None => return Ok(false),
+                    }
+                }
                 Source::Own(..) | Source::Layer(..) | Source::Packed(..) => return Ok(false),
                 Source::Below(file) => match file.content(guest.0, found.len, precise)? {
                     (Content::Zero, known) => known,

@@ -5,7 +5,7 @@ use super::{Image, StateGuard};
 use crate::error::Result;
 use crate::format::entry::Mapping;
 use crate::format::subclusters::Part;
-use crate::host::{File, Host};
+use crate::host::{Content, File, Host};
 use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
 /// A range of one kind.
@@ -106,6 +106,19 @@ impl<H: Host> Image<H> {
         }
         let run = self.lookup(guest, len)?;
         Ok((part(run), run.len))
+    }
+
+    /// How many of the `len` bytes at `host`, data of the guest, are a hole in
+    /// the file, so that they read as zeroes. That is worth asking where
+    /// clusters were preallocated only; `None` where they were not.
+    pub(super) fn hole_at(&self, host: HostOffset, len: u64) -> Result<Option<u64>> {
+        if self.encryption.is_some() {
+            return Ok(None);
+        }
+        match self.data_file()?.content(host.0, len, true)? {
+            (Content::Zero, known) if self.is_sparse() => Ok(Some(known)),
+            _ => Ok(None),
+        }
     }
 
     /// Whether notably more clusters are counted than the storage holds. Looked
