@@ -90,6 +90,57 @@ impl Coverage {
     }
 }
 
+/// What nobody has claimed.
+impl Coverage {
+    /// Whether all of `start..end`, in bytes, is in the set.
+    pub fn has_all(&self, start: u64, end: u64) -> bool {
+        let last = end.div_ceil(1 << self.bits);
+        let mut at = start >> self.bits;
+        while at < last {
+            let (number, from) = (at / CHUNK, at % CHUNK);
+            let upto = (last - number * CHUNK).min(CHUNK);
+            let full = match self.chunks.get(&number) {
+                Some(Chunk::Full) => true,
+                Some(Chunk::Part(words)) => first_gap(words, from, upto).is_none(),
+                None => false,
+            };
+            if !full {
+                return false;
+            }
+            at = number * CHUNK + upto;
+        }
+        true
+    }
+
+    /// Tells what is not in the set up to `end`, in time that depends on what
+    /// is in it and not on the size of the disk.
+    pub fn holes(&self, end: u64, tell: &mut dyn FnMut(u64, u64)) {
+        let last = end.div_ceil(1 << self.bits);
+        let mut numbers: Vec<_> = self.chunks.keys().copied().collect();
+        numbers.sort_unstable();
+        let mut runs = Runs::new(self.bits, end, tell);
+        let mut at = 0;
+        for number in numbers {
+            let base = number * CHUNK;
+            if base >= last {
+                break;
+            }
+            if at < base {
+                runs.add(at, base);
+            }
+            let upto = (last - base).min(CHUNK);
+            if let Some(Chunk::Part(words)) = self.chunks.get(&number) {
+                each_gap(words, 0, upto, &mut |a, b| runs.add(base + a, base + b));
+            }
+            at = base + upto;
+        }
+        if at < last {
+            runs.add(at, last);
+        }
+        runs.finish();
+    }
+}
+
 /// Puts runs of units together and tells them in bytes.
 struct Runs<'a> {
     bits: u32,
@@ -124,6 +175,20 @@ impl<'a> Runs<'a> {
             (self.tell)(from << self.bits, upto);
         }
     }
+}
+
+/// The first clear bit in `from..upto`.
+fn first_gap(words: &[u64; WORDS], from: u64, upto: u64) -> Option<u64> {
+    let mut at = from;
+    while at < upto {
+        let rest = words[(at / 64) as usize] >> (at % 64);
+        let taken = u64::from(rest.trailing_ones()).min(64 - at % 64);
+        if taken < 64 - at % 64 {
+            return Some(at + taken).filter(|at| *at < upto);
+        }
+        at += taken;
+    }
+    None
 }
 
 /// Tells the runs of clear bits in `from..upto`.
@@ -182,11 +247,19 @@ mod tests {
                     }
                 });
                 prop_assert_eq!(&gaps, &told);
+                prop_assert!(set.has_all(from * 512, upto * 512 - 100));
                 for unit in 0..flags.len() {
                     let inside = (from..upto).contains(&(unit as u64));
                     prop_assert_eq!(told[unit], inside && !flags[unit]);
                     flags[unit] |= inside;
                 }
+                let mut holes = vec![false; flags.len()];
+                set.holes(flags.len() as u64 * 512, &mut |a, b| {
+                    holes[(a / 512) as usize..(b / 512) as usize].fill(true);
+                });
+                prop_assert!(holes.iter().zip(&flags).all(|(hole, flag)| hole != flag));
+                let some = flags[from as usize..(upto + 9) as usize].iter().all(|flag| *flag);
+                prop_assert_eq!(set.has_all(from * 512, (upto + 9) * 512), some);
             }
         }
     }

@@ -2,13 +2,17 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod calibrate;
 mod chain;
 mod check;
 #[allow(missing_docs, reason = "the comments there are what users read")]
 mod cli;
 mod coverage;
 mod live;
+mod measure;
+mod model;
 mod plan;
+mod predict;
 mod survey;
 mod text;
 mod view;
@@ -31,6 +35,9 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Top(args) => live::top(&args).map(|()| 0),
         Command::Metrics(args) => live::metrics(&args).map(|()| 0),
+        Command::Predict(args) => predict::run(&args).map(|()| 0),
+        Command::Calibrate(args) => calibrate::run(&args).map(|()| 0),
+        Command::Measure(args) => measure::run(&args).map(|()| 0),
         Command::Build(args) => build::run(&args).map(|()| 0),
     };
     match result {

@@ -50,6 +50,10 @@ pub struct LayerFigures {
     pub l2_tables: u64,
     /// Bytes of L1 table, L2 tables, refcount table and refcount blocks.
     pub table_bytes: u64,
+    /// L2 tables that some read from the top goes to: where layers further up
+    /// do not have all of their range.
+    #[serde(skip)]
+    pub l2_tables_reached: u64,
     /// References to tables and clusters that make no sense.
     pub bad_references: u64,
     /// Why the figures are not complete.
@@ -63,6 +67,8 @@ pub struct Survey {
     pub layers: Vec<LayerFigures>,
     /// Bytes that no layer has.
     pub hole_bytes: u64,
+    /// What some layer has.
+    pub coverage: Coverage,
 }
 
 /// Walks the tables of all layers. `see` gets every piece, `progress` the
@@ -105,7 +111,11 @@ pub fn survey(
         .map(|layer| layer.visible_bytes + layer.visible_zero_bytes)
         .sum();
     hole_bytes += size.saturating_sub(seen);
-    Ok(Survey { layers, hole_bytes })
+    Ok(Survey {
+        layers,
+        hole_bytes,
+        coverage,
+    })
 }
 
 struct LayerWalk<'a> {
@@ -131,6 +141,8 @@ impl LayerWalk<'_> {
         let image = layer.inspect()?;
         let cluster = image.geometry().cluster_size();
         let (mut clusters, mut fragments, mut expected) = (0, 0, None);
+        let (span_bits, mut next_span) = (image.geometry().l2_span_bits(), 0);
+        let mut spans = 0;
         let walked = image
             .walk(&mut |extent: Extent| {
                 match extent.kind {
@@ -149,6 +161,16 @@ impl LayerWalk<'_> {
                     }
                     ExtentKind::Zero { .. } => {}
                 }
+                let last = (extent.guest.0 + extent.len - 1) >> span_bits;
+                for span in next_span.max(extent.guest.0 >> span_bits)..=last {
+                    let start = span << span_bits;
+                    let end = (start + (1 << span_bits)).min(self.limit);
+                    spans += 1;
+                    if start < end && !self.coverage.has_all(start, end) {
+                        self.figures.l2_tables_reached += 1;
+                    }
+                }
+                next_span = next_span.max(last + 1);
                 let data = !matches!(extent.kind, ExtentKind::Zero { .. });
                 self.piece(extent.guest.0, extent.guest.0 + extent.len, data);
             })
@@ -156,6 +178,8 @@ impl LayerWalk<'_> {
         let figures = &mut self.figures;
         figures.fragmentation = ratio(fragments, clusters);
         figures.l2_tables = walked.l2_tables;
+        // Tables without entries: nobody knows where they are.
+        figures.l2_tables_reached += walked.l2_tables.saturating_sub(spans);
         figures.bad_references = walked.bad_tables + walked.bad_entries;
         let refcounts = image.refcount_blocks().unwrap_or(0)
             + u64::from(image.header().refcount_table_clusters);

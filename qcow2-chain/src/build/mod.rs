@@ -4,7 +4,7 @@
 mod content;
 mod expected;
 mod places;
-mod writer;
+pub mod writer;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -38,9 +38,9 @@ struct Job {
 
 /// The whole answer. Keys are added, never changed.
 #[derive(Serialize)]
-struct Report {
+pub struct Report {
     /// The image on top.
-    top: String,
+    pub top: String,
     layers: usize,
     disk_size: u64,
     file_bytes: u64,
@@ -52,6 +52,24 @@ struct Report {
 
 /// Carries the command out.
 pub fn run(args: &Build) -> Result<()> {
+    let report = make(args)?;
+    match args.output {
+        Output::Json => text::print_json(&report),
+        Output::Table => {
+            println!("{}", text::printable(&report.top));
+            eprintln!(
+                "{} layers, {} in {:.1} s",
+                report.layers,
+                bytes(report.file_bytes),
+                report.seconds
+            );
+            Ok(())
+        }
+    }
+}
+
+/// Makes the chain.
+pub fn make(args: &Build) -> Result<Report> {
     let begin = Instant::now();
     let plan = Plan::new(args)?;
     prepare(args)?;
@@ -101,7 +119,7 @@ pub fn run(args: &Build) -> Result<()> {
             .write(path, &content, &|layer| plan.size(layer), args)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let report = Report {
+    Ok(Report {
         top: plan.path(args.layers - 1).display().to_string(),
         layers: args.layers,
         disk_size: plan.size(args.layers - 1),
@@ -111,20 +129,7 @@ pub fn run(args: &Build) -> Result<()> {
             .as_ref()
             .map(|path| path.display().to_string()),
         seconds: begin.elapsed().as_secs_f64(),
-    };
-    match args.output {
-        Output::Json => text::print_json(&report),
-        Output::Table => {
-            println!("{}", text::printable(&report.top));
-            eprintln!(
-                "{} layers, {} in {:.1} s",
-                report.layers,
-                bytes(report.file_bytes),
-                report.seconds
-            );
-            Ok(())
-        }
-    }
+    })
 }
 
 /// What the arguments amount to.

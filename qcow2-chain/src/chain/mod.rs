@@ -50,6 +50,10 @@ pub struct Qcow2 {
     pub cluster_size: u64,
     /// Bytes of a cluster or subcluster.
     pub unit: u64,
+    /// Bytes of the L1 table.
+    pub l1_bytes: u64,
+    /// Bytes of the refcount table.
+    pub refcount_table_bytes: u64,
     /// L2 entries know subclusters.
     pub extended_l2: bool,
     /// Feature bits.
@@ -241,6 +245,9 @@ fn qcow2(file: std::fs::File) -> Result<Kind, Unusable> {
         version: header.version,
         cluster_size: image.geometry().cluster_size(),
         unit: image.unit(),
+        l1_bytes: u64::from(header.l1_size) * 8,
+        refcount_table_bytes: u64::from(header.refcount_table_clusters)
+            .saturating_mul(image.geometry().cluster_size()),
         extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),
         incompatible: header.incompatible,
         compression: header.compression_type().unwrap_or_default(),

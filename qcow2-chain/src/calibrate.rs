@@ -1,0 +1,324 @@
+//! `calibrate`: the constants of this machine.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use serde::Serialize;
+
+use crate::build;
+use crate::chain::{Chain, Policy};
+use crate::cli::{Aio, Build, Calibrate, Cli, Command, Driver, Output};
+use crate::measure::Temporary;
+use crate::measure::process::Crash;
+use crate::measure::qemu::Qemu;
+use crate::measure::run::{Found, Task};
+use crate::measure::targets::Targets;
+use crate::model::calibration::{Calibrated, Calibration, DeepestRead, Measurement};
+use crate::model::figure::Figure;
+use crate::model::shape::Shape;
+use crate::text::{self, Progress, percent, printable};
+
+/// The chains, and the layers of each that are measured as tops. Between them
+/// they differ in everything that a model has a term for: depth, disk, how
+/// much of it has data, size of clusters, tables.
+const CHAINS: [(&str, &[usize], &[&str]); 3] = [
+    (
+        "spread",
+        &[1, 8, 40, 100, 200, 320, 500],
+        &[
+            "--layers=500",
+            "--disk=1G",
+            "--data-per-layer=1M",
+            "--place=deal",
+        ],
+    ),
+    (
+        "small clusters",
+        &[20, 70, 150],
+        &[
+            "--layers=150",
+            "--disk=512M",
+            "--data-per-layer=512K",
+            "--cluster-size=16K",
+        ],
+    ),
+    (
+        "large disk",
+        &[1, 12, 60],
+        &[
+            "--layers=60",
+            "--disk=8G",
+            "--data-per-layer=4M",
+            "--base-data=256M",
+            "--run=4",
+        ],
+    ),
+];
+/// Jobs on deeper chains would take minutes.
+const DEEPEST_JOB: usize = 200;
+/// Requests at a time.
+const QUEUE_DEPTHS: [u32; 2] = [1, 16];
+/// Places of data, and of holes, that are read.
+const READS: u64 = 60;
+/// The chain whose reads are looked for crashes, and how exactly.
+const DEEPEST_CHAIN: usize = 1000;
+const DEEPEST_STEP: usize = 8;
+
+/// The whole answer. Keys are added, never changed.
+#[derive(Serialize)]
+struct Report {
+    calibration: String,
+    driver: Driver,
+    qemu: String,
+    aio: Aio,
+    points: usize,
+    deepest_read: Option<DeepestRead>,
+    models: Vec<ModelReport>,
+}
+
+#[derive(Serialize)]
+struct ModelReport {
+    figure: Figure,
+    /// Of one prediction, one standard deviation.
+    relative_error: f64,
+    constants: Vec<Constant>,
+}
+
+#[derive(Serialize)]
+struct Constant {
+    term: String,
+    value: f64,
+}
+
+/// A chain to measure.
+struct Point {
+    name: String,
+    top: PathBuf,
+    shape: Shape,
+    targets: Targets,
+    figures: Vec<Figure>,
+    found: Found,
+}
+
+/// Carries the command out.
+pub fn run(args: &Calibrate) -> Result<()> {
+    let path = match &args.calibration {
+        Some(path) => path.clone(),
+        None => Calibration::default_path()?,
+    };
+    let temp = Temporary::new(args.programs.temp.as_deref())?;
+    let mut points = points(&temp.0, args.programs.driver)?;
+    let qemu = Qemu::new(&args.programs, &points[0].top)?;
+    let version = qemu.version()?;
+    let total = points.len() * args.rounds.max(1);
+    let bar = Progress::new("measuring", total, args.quiet);
+    for round in 0..args.rounds.max(1) {
+        let count = points.len();
+        for (number, point) in points.iter_mut().enumerate() {
+            let task = Task {
+                qemu: &qemu,
+                top: &point.top,
+                disk: point.shape.disk,
+                raw: false,
+                targets: &point.targets,
+                temp: &temp.0,
+                queue_depths: &QUEUE_DEPTHS,
+                figures: &point.figures,
+            };
+            task.round(&mut point.found)
+                .with_context(|| format!("{} layers", point.shape.depth()))?;
+            bar.at(round * count + number + 1);
+        }
+    }
+    drop(bar);
+    let mut calibrated = Calibrated {
+        driver: qemu.driver,
+        qemu: version,
+        aio: qemu.aio,
+        measured_at: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
+        deepest_read: Some(deepest(&qemu, &temp.0)?),
+        models: Vec::new(),
+        points: points
+            .into_iter()
+            .map(|point| Measurement {
+                name: point.name,
+                samples: point.found.samples(),
+                shape: point.shape,
+            })
+            .collect(),
+    };
+    calibrated.fit();
+    let report = report(&path, &calibrated);
+    let mut all = match Calibration::load(&path) {
+        Ok(found) if found.machine == Calibration::new().machine => found,
+        _ => Calibration::new(),
+    };
+    all.drivers
+        .retain(|other| other.driver != calibrated.driver);
+    all.drivers.push(calibrated);
+    all.save(&path)?;
+    match args.output {
+        Output::Json => text::print_json(&report),
+        Output::Table => print(&report),
+    }
+}
+
+/// Builds the chains.
+fn points(temp: &Path, driver: Driver) -> Result<Vec<Point>> {
+    let mut points = Vec::new();
+    for (name, depths, options) in CHAINS {
+        let dir = temp.join(name.replace(' ', "-"));
+        build::make(&build_args(&dir, options)?)?;
+        for depth in depths {
+            let top = dir.join(format!("l{}.qcow2", depth - 1));
+            let chain = Chain::open(
+                &top,
+                &Policy {
+                    allow: Vec::new(),
+                    max_layers: 10_000,
+                },
+            )?;
+            let (shape, targets) = Targets::draw(&chain, driver, READS)?;
+            let jobs = *depth <= DEEPEST_JOB || driver == Driver::Rqcow2;
+            let figures = Figure::ALL.into_iter();
+            points.push(Point {
+                name: name.to_owned(),
+                top,
+                shape,
+                targets,
+                figures: figures
+                    .filter(|figure| jobs || !matches!(figure, Figure::Stream | Figure::Merge))
+                    .collect(),
+                found: Found::default(),
+            });
+        }
+    }
+    Ok(points)
+}
+
+/// The command line that builds a chain.
+pub fn build_args(dir: &Path, options: &[&str]) -> Result<Build> {
+    let words = ["qcow2-chain", "build", "--quiet"]
+        .into_iter()
+        .chain(options.iter().copied());
+    let words = words.map(Into::into).chain([dir.as_os_str().to_owned()]);
+    match Cli::try_parse_from(words)?.command {
+        Command::Build(args) => Ok(args),
+        _ => anyhow::bail!("not a chain to build"),
+    }
+}
+
+/// Looks for the depth from which on a read that goes through all layers ends
+/// the process.
+fn deepest(qemu: &Qemu, temp: &Path) -> Result<DeepestRead> {
+    let dir = temp.join("deep");
+    let layers = format!("--layers={DEEPEST_CHAIN}");
+    build::make(&build_args(
+        &dir,
+        &[&layers, "--disk=64M", "--data-per-layer=0"],
+    )?)?;
+    let works = |depth: usize| -> Result<bool> {
+        let mut session = qemu.open(&dir.join(format!("l{}.qcow2", depth - 1)))?;
+        match session.read(0) {
+            Ok(_) => Ok(true),
+            Err(error) if error.is::<Crash>() => Ok(false),
+            Err(error) => Err(error),
+        }
+    };
+    if works(DEEPEST_CHAIN)? {
+        return Ok(DeepestRead {
+            works: DEEPEST_CHAIN,
+            crashes: None,
+        });
+    }
+    let (mut good, mut bad) = (0, DEEPEST_CHAIN);
+    // It mostly is near 870.
+    let mut next = 870;
+    while bad - good > DEEPEST_STEP {
+        if works(next)? {
+            good = next;
+        } else {
+            bad = next;
+        }
+        next = match (good, bad) {
+            (870, DEEPEST_CHAIN) => 880,
+            (_, 870) if good == 0 => 800,
+            _ => good.midpoint(bad),
+        };
+    }
+    Ok(DeepestRead {
+        works: good,
+        crashes: Some(bad),
+    })
+}
+
+fn report(path: &Path, calibrated: &Calibrated) -> Report {
+    let models = calibrated.models.iter().map(|model| ModelReport {
+        figure: model.figure,
+        relative_error: model.fit.relative_error,
+        constants: model
+            .terms
+            .iter()
+            .zip(&model.fit.constants)
+            .map(|(term, value)| Constant {
+                term: term.clone(),
+                value: *value,
+            })
+            .collect(),
+    });
+    Report {
+        calibration: path.display().to_string(),
+        driver: calibrated.driver,
+        qemu: calibrated.qemu.clone(),
+        aio: calibrated.aio,
+        points: calibrated.points.len(),
+        deepest_read: calibrated.deepest_read,
+        models: models.collect(),
+    }
+}
+
+fn print(report: &Report) -> Result<()> {
+    let out = &mut io::stdout().lock();
+    writeln!(
+        out,
+        "{}, QEMU {}, aio={}: {} chains measured",
+        report.driver.name(),
+        printable(&report.qemu),
+        report.aio.name(),
+        report.points
+    )?;
+    match report.deepest_read {
+        Some(DeepestRead {
+            works,
+            crashes: Some(depth),
+        }) => {
+            writeln!(
+                out,
+                "A read through {works} layers works, through {depth} it crashes."
+            )?;
+        }
+        Some(DeepestRead { works, .. }) => writeln!(out, "A read through {works} layers works.")?,
+        None => {}
+    }
+    let mut table = text::table(&["", "error", "constant", ""], &[0, 3]);
+    for model in &report.models {
+        let mut name = model.figure.label();
+        let mut error = percent(model.relative_error);
+        for constant in &model.constants {
+            let value = format!("{:.4e}", constant.value);
+            table.add_row([
+                name.to_owned(),
+                std::mem::take(&mut error),
+                value,
+                constant.term.clone(),
+            ]);
+            name = "";
+        }
+    }
+    text::print_table(out, &table)?;
+    writeln!(out, "Written to {}", printable(&report.calibration))?;
+    Ok(())
+}

@@ -1,0 +1,270 @@
+//! Measures a chain with a real QEMU.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use rust_qcow2::format::header::CompressionType;
+use rust_qcow2::format::refcount::RefcountOrder;
+use serde_json::json;
+
+use super::daemon::Daemon;
+use super::process::{Crash, Program};
+use super::qemu::Qemu;
+use super::sample::{Sample, median};
+use super::targets::Targets;
+use crate::build::writer::{Format, write};
+use crate::model::figure::{Figure, Key};
+
+/// How long a job may take.
+const PATIENCE: Duration = Duration::from_secs(1800);
+/// Seconds that requests in a row are measured for.
+const BENCH_SECONDS: f64 = 0.4;
+/// Requests that load tables at most.
+const MAX_LOADING: u64 = 20_000;
+/// How often each place is read.
+const REPEATS: usize = 3;
+
+/// What is measured, and how.
+#[derive(Clone, Debug)]
+pub struct Task<'a> {
+    pub qemu: &'a Qemu,
+    /// The image on top.
+    pub top: &'a Path,
+    /// Bytes of the disk.
+    pub disk: u64,
+    /// The top is raw.
+    pub raw: bool,
+    pub targets: &'a Targets,
+    /// Where copies go.
+    pub temp: &'a Path,
+    pub queue_depths: &'a [u32],
+    /// What is wanted.
+    pub figures: &'a [Figure],
+}
+
+/// What was found, in several rounds.
+#[derive(Debug, Default)]
+pub struct Found {
+    values: BTreeMap<Key, Vec<f64>>,
+    /// What could not be measured as a program crashed.
+    pub crashes: BTreeMap<Key, String>,
+}
+
+impl Task<'_> {
+    /// Measures everything that is wanted once.
+    pub fn round(&self, found: &mut Found) -> Result<()> {
+        const SESSION: [Figure; 5] = [
+            Figure::Open,
+            Figure::MemoryOpen,
+            Figure::MemoryWarm,
+            Figure::ReadData,
+            Figure::ReadHole,
+        ];
+        if SESSION.iter().any(|figure| self.wants(*figure)) {
+            let mut first = Vec::new();
+            let result = self.session(
+                found.crashes.contains_key(&Figure::MemoryWarm.into()),
+                &mut |figure, value| first.push((figure, value)),
+            );
+            for (figure, value) in first {
+                found.put(figure.into(), value);
+            }
+            if let Err(error) = result {
+                for figure in [Figure::MemoryWarm, Figure::ReadData, Figure::ReadHole] {
+                    if self.wants(figure) {
+                        found.crash(&error, figure.into());
+                    }
+                }
+                only_crashes(error)?;
+            }
+        }
+        for depth in self.queue_depths {
+            let key = Key::queue(*depth);
+            if self.wants(Figure::ReadDisk) {
+                found.take(key, || self.requests(*depth))?;
+            }
+        }
+        for (figure, job) in [
+            (Figure::Stream, Self::stream as fn(&Self) -> Result<f64>),
+            (Figure::Merge, Self::merge),
+        ] {
+            if self.wants(figure) {
+                found.take(figure.into(), || job(self))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn wants(&self, figure: Figure) -> bool {
+        self.figures.contains(&figure)
+    }
+
+    /// Open, memory, and single reads.
+    fn session(&self, only_open: bool, put: &mut dyn FnMut(Figure, f64)) -> Result<()> {
+        let mut session = self.qemu.open(self.top)?;
+        put(Figure::Open, session.seconds);
+        put(Figure::MemoryOpen, session.resident()? as f64);
+        if only_open
+            || !(self.wants(Figure::MemoryWarm)
+                || self.wants(Figure::ReadData)
+                || self.wants(Figure::ReadHole))
+        {
+            return Ok(());
+        }
+        // Twice: the first read in a neighbourhood need not load all of it.
+        for at in self.targets.warm.iter().chain(&self.targets.warm) {
+            session.read(*at)?;
+        }
+        put(Figure::MemoryWarm, session.resident()? as f64);
+        for (figure, places) in [
+            (Figure::ReadData, &self.targets.data),
+            (Figure::ReadHole, &self.targets.holes),
+        ] {
+            if !self.wants(figure) || places.is_empty() {
+                continue;
+            }
+            // Of each place the median, so that what else goes on does not count;
+            // of the places the mean, as they differ in depth.
+            let mut sum = 0.0;
+            let mut times = vec![Vec::with_capacity(REPEATS); places.len()];
+            for _ in 0..REPEATS {
+                for (place, times) in places.iter().zip(&mut times) {
+                    times.push(session.read(*place)?);
+                }
+            }
+            for times in &mut times {
+                times.sort_unstable_by(f64::total_cmp);
+                sum += median(times).unwrap_or(0.0);
+            }
+            put(figure, sum / places.len() as f64 * 1e6);
+        }
+        Ok(())
+    }
+
+    /// Microseconds for each of many requests in a row, all over the disk: what
+    /// a longer run takes above a shorter one that loads the tables.
+    fn requests(&self, queue_depth: u32) -> Result<f64> {
+        let warm = (self.targets.tables.saturating_mul(3)).clamp(50, MAX_LOADING);
+        let first = self.qemu.bench(self.top, queue_depth, warm)?;
+        let guess = (BENCH_SECONDS / first.max(1e-3) * warm as f64) as u64;
+        // Two processes never cost quite the same, so that the first should be short.
+        let mut more = guess.clamp(2 * warm, 100_000.max(2 * warm));
+        // Loading tables is slower than what follows.
+        loop {
+            let second = self.qemu.bench(self.top, queue_depth, warm + more)?;
+            let spent = second - first;
+            if spent >= BENCH_SECONDS / 2.0 || more >= 400_000 {
+                return Ok(spent.max(1e-6) / more as f64 * 1e6);
+            }
+            let scale = BENCH_SECONDS / spent.max(BENCH_SECONDS / 20.0) * 1.2;
+            more = (more as f64 * scale) as u64;
+        }
+    }
+
+    /// Seconds of a `block-stream` of everything into a new overlay of ours.
+    fn stream(&self) -> Result<f64> {
+        let path = self.temp.join("stream.qcow2");
+        let _remove = Remove(&path);
+        let below = std::path::absolute(self.top)?;
+        let name = below.to_str().unwrap_or_default().to_owned();
+        let format = Format {
+            size: self.disk,
+            version: 3,
+            cluster_bits: 16,
+            refcount_order: RefcountOrder::BITS_16,
+            extended_l2: false,
+            compression: CompressionType::Zlib,
+            backing: Some((name, if self.raw { "raw" } else { "qcow2" }.into())),
+            scatter: None,
+        };
+        write(&path, &format, &[], &|_, _, _| {})?;
+        let mut daemon = Daemon::start(self.qemu, PATIENCE)?;
+        let mut node = self.qemu.node(&path)?;
+        node["node-name"] = "top".into();
+        daemon.command("blockdev-add", node)?;
+        let begin = Instant::now();
+        daemon.command("block-stream", json!({"device": "top", "job-id": "stream"}))?;
+        let end = daemon.event("BLOCK_JOB_COMPLETED")?;
+        let seconds = begin.elapsed().as_secs_f64();
+        ensure!(
+            end.get("error").is_none(),
+            "block-stream: {}",
+            end["error"].as_str().unwrap_or_default()
+        );
+        Ok(seconds)
+    }
+
+    /// Seconds of a copy of everything into a new image of ours, start, open and
+    /// close of the program included.
+    fn merge(&self) -> Result<f64> {
+        let path = self.temp.join("merge.qcow2");
+        let _remove = Remove(&path);
+        let args = [
+            "convert",
+            "-U",
+            "-O",
+            self.qemu.driver.name(),
+            &self.qemu.image(self.top)?,
+            &path.display().to_string(),
+        ]
+        .map(str::to_owned);
+        let begin = Instant::now();
+        Program::start(&self.qemu.program("qemu-img"), &args, PATIENCE)?.finish()?;
+        Ok(begin.elapsed().as_secs_f64())
+    }
+}
+
+impl Found {
+    /// What the rounds have in common.
+    pub fn samples(&self) -> Vec<(Key, Sample)> {
+        let samples = self.values.iter();
+        samples
+            .filter_map(|(key, values)| Some((*key, Sample::of(values.clone())?)))
+            .collect()
+    }
+
+    fn put(&mut self, key: Key, value: f64) {
+        self.values.entry(key).or_default().push(value);
+    }
+
+    /// Measures a figure, unless it has crashed before.
+    fn take(&mut self, key: Key, measure: impl FnOnce() -> Result<f64>) -> Result<()> {
+        if self.crashes.contains_key(&key) {
+            return Ok(());
+        }
+        match measure() {
+            Ok(value) => self.put(key, value),
+            Err(error) => {
+                self.crash(&error, key);
+                only_crashes(error)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn crash(&mut self, error: &anyhow::Error, key: Key) {
+        if let Some(Crash(how)) = error.downcast_ref() {
+            self.crashes.insert(key, how.clone());
+        }
+    }
+}
+
+/// A crash is a result; other errors are ours.
+fn only_crashes(error: anyhow::Error) -> Result<()> {
+    if error.is::<Crash>() {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+/// A file of ours that goes when it is not needed any more.
+struct Remove<'a>(&'a Path);
+
+impl Drop for Remove<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
+}
