@@ -111,6 +111,8 @@ pub fn run(args: &Calibrate) -> Result<()> {
     };
     let temp = Temporary::new(args.programs.temp.as_deref())?;
     let mut points = points(&temp.0, args.programs.driver)?;
+    // Or the files would be written while others are measured.
+    rustix::fs::sync();
     let qemu = Qemu::new(&args.programs, &points[0].top)?;
     let version = qemu.version()?;
     let total = points.len() * args.rounds.max(1);

@@ -15,6 +15,7 @@ mod plan;
 mod predict;
 mod survey;
 mod text;
+mod validate;
 mod view;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Command::Metrics(args) => live::metrics(&args).map(|()| 0),
         Command::Predict(args) => predict::run(&args).map(|()| 0),
         Command::Calibrate(args) => calibrate::run(&args).map(|()| 0),
+        Command::Validate(args) => validate::run(&args),
         Command::Measure(args) => measure::run(&args).map(|()| 0),
         Command::Build(args) => build::run(&args).map(|()| 0),
     };

@@ -1,7 +1,6 @@
 //! `predict`: what a chain will cost, from its metadata and a calibration.
 
 use std::io::{self, Write};
-use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -12,7 +11,7 @@ use crate::model::calibration::{Calibrated, Calibration, Predicted};
 use crate::model::figure::{Figure, Key};
 use crate::model::shape::Shape;
 use crate::model::terms::Model;
-use crate::text::{self, Progress, bytes, percent, printable};
+use crate::text::{self, Progress, bytes, printable};
 
 /// The whole answer. Keys are added, never changed.
 #[derive(Serialize)]

@@ -173,25 +173,25 @@ fn print(report: &Report) -> Result<()> {
             printable(warning)
         )?;
     }
-    let header = ["", "measured", "least", "most", "predicted", "off by"];
+    let header = ["", "measured", "median", "most", "predicted", "off by"];
     let mut table = text::table(&header, &[0]);
     for line in &report.figures {
         let show = |value: f64| line.figure.show(value);
         let measured = match (&line.crash, &line.measured) {
             (Some(crash), _) => [printable(crash), String::new(), String::new()],
-            (None, Some(s)) => [show(s.median), show(s.least), show(s.most)],
+            (None, Some(s)) => [show(s.value(line.figure)), show(s.median), show(s.most)],
             (None, None) => Default::default(),
         };
-        let [median, least, most] = measured;
+        let [value, median, most] = measured;
         let predicted = line.predicted.map(|p| show(p.value)).unwrap_or_default();
         let off = match (&line.predicted, &line.measured) {
             (Some(p), Some(s)) if line.crash.is_none() => {
-                format!("{:+.0} %", (p.value / s.median - 1.0) * 100.0)
+                format!("{:+.0} %", (p.value / s.value(line.figure) - 1.0) * 100.0)
             }
             _ => String::new(),
         };
         let name = predict::label(line.figure, line.queue_depth);
-        table.add_row([name, median, least, most, predicted, off]);
+        table.add_row([name, value, median, most, predicted, off]);
     }
     text::print_table(out, &table)?;
     Ok(())

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::daemon::Daemon;
 use super::process::{Crash, Program};
 use super::qemu::Qemu;
-use super::sample::{Sample, median};
+use super::sample::Sample;
 use super::targets::Targets;
 use crate::build::writer::{Format, write};
 use crate::model::figure::{Figure, Key};
@@ -24,7 +24,10 @@ const BENCH_SECONDS: f64 = 0.4;
 /// Requests that load tables at most.
 const MAX_LOADING: u64 = 20_000;
 /// How often each place is read.
-const REPEATS: usize = 3;
+const REPEATS: usize = 4;
+/// Chains that are opened faster are opened several times.
+const FAST: f64 = 0.05;
+const OPENS: usize = 4;
 
 /// What is measured, and how.
 #[derive(Clone, Debug)]
@@ -48,8 +51,34 @@ pub struct Task<'a> {
 #[derive(Debug, Default)]
 pub struct Found {
     values: BTreeMap<Key, Vec<f64>>,
+    runs: BTreeMap<Key, Runs>,
     /// What could not be measured as a program crashed.
     pub crashes: BTreeMap<Key, String>,
+}
+
+/// Seconds that requests in a row took.
+#[derive(Debug, Default)]
+struct Runs {
+    /// So many requests more in the second run.
+    more: u64,
+    first: Vec<f64>,
+    second: Vec<f64>,
+}
+
+impl Runs {
+    /// Microseconds for each of those: the difference of what both took at the
+    /// least, in the middle, and at the most.
+    fn sample(&self) -> Option<Sample> {
+        let first = Sample::of(self.first.clone())?;
+        let second = Sample::of(self.second.clone())?;
+        let each = |a: f64, b: f64| (b - a).max(1e-6) / self.more.max(1) as f64 * 1e6;
+        Some(Sample {
+            median: each(first.median, second.median),
+            least: each(first.least, second.least),
+            most: each(first.least, second.most),
+            count: second.count,
+        })
+    }
 }
 
 impl Task<'_> {
@@ -83,7 +112,7 @@ impl Task<'_> {
         for depth in self.queue_depths {
             let key = Key::queue(*depth);
             if self.wants(Figure::ReadDisk) {
-                found.take(key, || self.requests(*depth))?;
+                self.requests(key, found)?;
             }
         }
         for (figure, job) in [
@@ -105,6 +134,12 @@ impl Task<'_> {
     fn session(&self, only_open: bool, put: &mut dyn FnMut(Figure, f64)) -> Result<()> {
         let mut session = self.qemu.open(self.top)?;
         put(Figure::Open, session.seconds);
+        if session.seconds < FAST && self.wants(Figure::Open) {
+            for _ in 1..OPENS {
+                session = self.qemu.open(self.top)?;
+                put(Figure::Open, session.seconds);
+            }
+        }
         put(Figure::MemoryOpen, session.resident()? as f64);
         if only_open
             || !(self.wants(Figure::MemoryWarm)
@@ -125,38 +160,63 @@ impl Task<'_> {
             if !self.wants(figure) || places.is_empty() {
                 continue;
             }
-            // Of each place the median, so that what else goes on does not count;
+            // Of each place the least, so that what else goes on does not count;
             // of the places the mean, as they differ in depth.
-            let mut sum = 0.0;
-            let mut times = vec![Vec::with_capacity(REPEATS); places.len()];
+            let mut times = vec![f64::INFINITY; places.len()];
             for _ in 0..REPEATS {
-                for (place, times) in places.iter().zip(&mut times) {
-                    times.push(session.read(*place)?);
+                for (place, time) in places.iter().zip(&mut times) {
+                    *time = time.min(session.read(*place)?);
                 }
             }
-            for times in &mut times {
-                times.sort_unstable_by(f64::total_cmp);
-                sum += median(times).unwrap_or(0.0);
-            }
-            put(figure, sum / places.len() as f64 * 1e6);
+            put(
+                figure,
+                times.iter().sum::<f64>() / places.len() as f64 * 1e6,
+            );
         }
         Ok(())
     }
 
-    /// Microseconds for each of many requests in a row, all over the disk: what
-    /// a longer run takes above a shorter one that loads the tables.
-    fn requests(&self, queue_depth: u32) -> Result<f64> {
+    /// Many requests in a row, all over the disk: a longer run, and a shorter
+    /// one that loads the tables.
+    fn requests(&self, key: Key, found: &mut Found) -> Result<()> {
+        if found.crashes.contains_key(&key) {
+            return Ok(());
+        }
+        let result = self.two_runs(key.queue_depth, found.runs.get(&key));
+        match result {
+            Ok(runs) => {
+                let all = found.runs.entry(key).or_default();
+                all.more = runs.more;
+                all.first.extend(runs.first);
+                all.second.extend(runs.second);
+            }
+            Err(error) => {
+                found.crash(&error, key);
+                only_crashes(error)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn two_runs(&self, queue_depth: u32, before: Option<&Runs>) -> Result<Runs> {
         let warm = (self.targets.tables.saturating_mul(3)).clamp(50, MAX_LOADING);
         let first = self.qemu.bench(self.top, queue_depth, warm)?;
         let guess = (BENCH_SECONDS / first.max(1e-3) * warm as f64) as u64;
         // Two processes never cost quite the same, so that the first should be short.
         let mut more = guess.clamp(2 * warm, 100_000.max(2 * warm));
+        if let Some(before) = before {
+            more = before.more;
+        }
         // Loading tables is slower than what follows.
         loop {
             let second = self.qemu.bench(self.top, queue_depth, warm + more)?;
             let spent = second - first;
-            if spent >= BENCH_SECONDS / 2.0 || more >= 400_000 {
-                return Ok(spent.max(1e-6) / more as f64 * 1e6);
+            if spent >= BENCH_SECONDS / 2.0 || more >= 400_000 || before.is_some() {
+                return Ok(Runs {
+                    more,
+                    first: vec![first],
+                    second: vec![second],
+                });
             }
             let scale = BENCH_SECONDS / spent.max(BENCH_SECONDS / 20.0) * 1.2;
             more = (more as f64 * scale) as u64;
@@ -220,9 +280,10 @@ impl Found {
     /// What the rounds have in common.
     pub fn samples(&self) -> Vec<(Key, Sample)> {
         let samples = self.values.iter();
-        samples
-            .filter_map(|(key, values)| Some((*key, Sample::of(values.clone())?)))
-            .collect()
+        let samples = samples.filter_map(|(key, values)| Some((*key, Sample::of(values.clone())?)));
+        let runs = self.runs.iter();
+        let runs = runs.filter_map(|(key, runs)| Some((*key, runs.sample()?)));
+        samples.chain(runs).collect()
     }
 
     fn put(&mut self, key: Key, value: f64) {

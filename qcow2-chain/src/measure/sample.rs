@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::figure::Figure;
+
 /// What they have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
@@ -12,6 +14,16 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// What the models are about: what it takes when nothing else goes on.
+    /// Whatever does only makes things take longer, so that of times it is the
+    /// least; memory is the same every time, more or less.
+    pub fn value(&self, figure: Figure) -> f64 {
+        match figure {
+            Figure::MemoryOpen | Figure::MemoryWarm => self.median,
+            _ => self.least,
+        }
+    }
+
     /// `None` of nothing.
     pub fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_unstable_by(f64::total_cmp);
@@ -25,7 +37,7 @@ impl Sample {
 }
 
 /// The median of sorted values.
-pub fn median(sorted: &[f64]) -> Option<f64> {
+fn median(sorted: &[f64]) -> Option<f64> {
     let half = sorted.len() / 2;
     let upper = *sorted.get(half)?;
     Some(if sorted.len() % 2 == 0 {

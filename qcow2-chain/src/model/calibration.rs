@@ -66,6 +66,18 @@ pub struct Fitted {
     pub figure: Figure,
     pub terms: Vec<String>,
     pub fit: Fit,
+    /// The points again, as the constants have them.
+    pub residuals: Vec<Residual>,
+}
+
+/// A point beside what was fitted to it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Residual {
+    pub chain: String,
+    pub layers: usize,
+    pub queue_depth: u32,
+    pub measured: f64,
+    pub fitted: f64,
 }
 
 /// What was measured of a chain.
@@ -110,6 +122,7 @@ impl Calibrated {
         for figure in Figure::ALL {
             let mut points = Vec::new();
             let mut names = Vec::new();
+            let mut residuals = Vec::new();
             for measured in &self.points {
                 let model = Model::new(&measured.shape, self.driver);
                 let of_figure = measured
@@ -122,14 +135,28 @@ impl Calibrated {
                         points.push(Point {
                             terms: terms.list.iter().map(|(_, value)| *value).collect(),
                             known: terms.known,
-                            value: sample.median,
+                            value: sample.value(figure),
+                        });
+                        residuals.push(Residual {
+                            chain: measured.name.clone(),
+                            layers: measured.shape.depth(),
+                            queue_depth: key.queue_depth,
+                            measured: sample.value(figure),
+                            fitted: 0.0,
                         });
                     }
                 }
             }
             if let Some(fit) = fit(&points) {
-                let terms = names.into_iter().map(str::to_owned).collect();
-                self.models.push(Fitted { figure, terms, fit });
+                for (point, residual) in points.iter().zip(&mut residuals) {
+                    residual.fitted = fit.predict(&point.terms, point.known).0;
+                }
+                self.models.push(Fitted {
+                    figure,
+                    terms: names.into_iter().map(str::to_owned).collect(),
+                    fit,
+                    residuals,
+                });
             }
         }
     }
