@@ -9,11 +9,11 @@ use clap::{CommandFactory, ValueEnum};
 use clap_complete::{Shell, generate_to};
 
 #[allow(missing_docs, dead_code, reason = "it belongs to the program")]
-#[path = "src/cli.rs"]
+#[path = "src/cli/mod.rs"]
 mod cli;
 
 fn main() -> Result<()> {
-    println!("cargo::rerun-if-changed=src/cli.rs");
+    println!("cargo::rerun-if-changed=src/cli");
     println!("cargo::rerun-if-env-changed=QCOW2_CHAIN_SHARE");
     let out = env::var_os("OUT_DIR").map(PathBuf::from);
     let share = env::var_os("QCOW2_CHAIN_SHARE").map(PathBuf::from);

@@ -12,6 +12,7 @@ use crate::build;
 use crate::chain::{Chain, Policy};
 use crate::cli::{Aio, Build, Calibrate, Cli, Command, Driver, Output};
 use crate::measure::Temporary;
+use crate::measure::gauge::Gauge;
 use crate::measure::process::Crash;
 use crate::measure::qemu::Qemu;
 use crate::measure::run::{Found, Task};
@@ -115,11 +116,17 @@ pub fn run(args: &Calibrate) -> Result<()> {
     rustix::fs::sync();
     let qemu = Qemu::new(&args.programs, &points[0].top)?;
     let version = qemu.version()?;
+    let gauge = Gauge::start();
     let total = points.len() * args.rounds.max(1);
     let bar = Progress::new("measuring", total, args.quiet);
     for round in 0..args.rounds.max(1) {
         let count = points.len();
         for (number, point) in points.iter_mut().enumerate() {
+            if round == 1 {
+                // Once is enough for what takes longest.
+                let job = |figure: &Figure| matches!(figure, Figure::Stream | Figure::Merge);
+                point.figures.retain(|figure| !job(figure));
+            }
             let task = Task {
                 qemu: &qemu,
                 top: &point.top,
@@ -127,6 +134,7 @@ pub fn run(args: &Calibrate) -> Result<()> {
                 raw: false,
                 targets: &point.targets,
                 temp: &temp.0,
+                gauge: &gauge,
                 queue_depths: &QUEUE_DEPTHS,
                 figures: &point.figures,
             };
@@ -136,6 +144,7 @@ pub fn run(args: &Calibrate) -> Result<()> {
         }
     }
     drop(bar);
+    drop(gauge);
     let mut calibrated = Calibrated {
         driver: qemu.driver,
         qemu: version,
@@ -145,10 +154,9 @@ pub fn run(args: &Calibrate) -> Result<()> {
         models: Vec::new(),
         points: points
             .into_iter()
-            .map(|point| Measurement {
-                name: point.name,
-                samples: point.found.samples(),
-                shape: point.shape,
+            .map(|point| {
+                let samples = point.found.samples();
+                Measurement::new(&point.name, &point.shape, qemu.driver, &samples)
             })
             .collect(),
     };

@@ -1,12 +1,13 @@
 //! `predict`: what a chain will cost, from its metadata and a calibration.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use crate::chain::{Chain, End};
-use crate::cli::{Aio, Driver, Output, Predict, Prediction};
+use crate::cli::{Aio, Driver, Output, Predict};
 use crate::model::calibration::{Calibrated, Calibration, Predicted};
 use crate::model::figure::{Figure, Key};
 use crate::model::shape::Shape;
@@ -61,7 +62,7 @@ pub fn run(args: &Predict) -> Result<()> {
         "the chain is not complete: {}",
         chain.end
     );
-    let (calibration, path) = load(&args.prediction)?;
+    let (calibration, path) = load(args.prediction.calibration.as_deref())?;
     let bar = Progress::new("reading tables", chain.layers.len(), args.common.quiet);
     let (shape, _) = Shape::of(&chain, &mut |_| {}, &mut |done| bar.at(done))?;
     drop(bar);
@@ -87,9 +88,9 @@ pub fn run(args: &Predict) -> Result<()> {
 }
 
 /// The calibration that the user means, and its name.
-pub fn load(args: &Prediction) -> Result<(Calibration, String)> {
-    let path = match &args.calibration {
-        Some(path) => path.clone(),
+pub fn load(path: Option<&Path>) -> Result<(Calibration, String)> {
+    let path = match path {
+        Some(path) => path.to_owned(),
         None => Calibration::default_path()?,
     };
     Ok((Calibration::load(&path)?, path.display().to_string()))

@@ -1,6 +1,7 @@
 //! `measure`: what a chain costs with a real QEMU.
 
 mod daemon;
+pub mod gauge;
 pub mod process;
 pub mod qemu;
 pub mod run;
@@ -20,6 +21,7 @@ use crate::model::figure::Figure;
 use crate::model::shape::Shape;
 use crate::predict;
 use crate::text::{self, Progress, bytes, printable};
+use gauge::Gauge;
 use qemu::Qemu;
 use run::{Found, Task};
 use sample::Sample;
@@ -71,6 +73,7 @@ pub fn run(args: &Measure) -> Result<()> {
         .into_iter()
         .filter(|figure| args.what.is_empty() || args.what.contains(&figure.what()))
         .collect();
+    let gauge = Gauge::start();
     let task = Task {
         qemu: &qemu,
         top: &args.image,
@@ -78,6 +81,7 @@ pub fn run(args: &Measure) -> Result<()> {
         raw: matches!(chain.layers[0].kind, Kind::Raw),
         targets: &targets,
         temp: &temp.0,
+        gauge: &gauge,
         queue_depths: &args.prediction.queue_depth,
         figures: &figures,
     };
@@ -98,7 +102,7 @@ pub fn run(args: &Measure) -> Result<()> {
 
 fn report(args: &Measure, shape: &Shape, qemu: &Qemu, found: &Found) -> Result<Report> {
     // Without a calibration there is nothing to compare with, unless one was named.
-    let calibration = match predict::load(&args.prediction) {
+    let calibration = match predict::load(args.prediction.calibration.as_deref()) {
         Err(error) if args.prediction.calibration.is_some() => return Err(error),
         result => result.ok(),
     };

@@ -133,10 +133,10 @@ impl Qemu {
         let begin = Instant::now();
         program.say(&command)?;
         let answer = program.hear(PROMPT)?;
-        let seconds = begin.elapsed().as_secs_f64();
+        let opened = (begin, Instant::now());
         let complaint = answer.trim_end_matches("qemu-io> ").trim();
         ensure!(complaint.is_empty(), "{complaint}");
-        Ok(Session { program, seconds })
+        Ok(Session { program, opened })
     }
 
     /// Seconds for so many 4 KiB reads that are scattered over the disk, so many
@@ -180,8 +180,8 @@ const PROMPT: &[u8] = b"qemu-io> ";
 /// `qemu-io` with an image open.
 pub struct Session {
     program: Program,
-    /// What opening took.
-    pub seconds: f64,
+    /// When opening began and ended.
+    pub opened: (Instant, Instant),
 }
 
 impl Session {

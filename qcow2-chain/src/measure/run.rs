@@ -10,8 +10,9 @@ use rust_qcow2::format::refcount::RefcountOrder;
 use serde_json::json;
 
 use super::daemon::Daemon;
+use super::gauge::Gauge;
 use super::process::{Crash, Program};
-use super::qemu::Qemu;
+use super::qemu::{Qemu, Session};
 use super::sample::Sample;
 use super::targets::Targets;
 use crate::build::writer::{Format, write};
@@ -20,7 +21,7 @@ use crate::model::figure::{Figure, Key};
 /// How long a job may take.
 const PATIENCE: Duration = Duration::from_secs(1800);
 /// Seconds that requests in a row are measured for.
-const BENCH_SECONDS: f64 = 0.4;
+const BENCH_SECONDS: f64 = 0.3;
 /// Requests that load tables at most.
 const MAX_LOADING: u64 = 20_000;
 /// How often each place is read.
@@ -28,9 +29,11 @@ const REPEATS: usize = 4;
 /// Chains that are opened faster are opened several times.
 const FAST: f64 = 0.05;
 const OPENS: usize = 4;
+/// Between reads of the same places.
+const BETWEEN: Duration = Duration::from_millis(20);
 
 /// What is measured, and how.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Task<'a> {
     pub qemu: &'a Qemu,
     /// The image on top.
@@ -42,6 +45,7 @@ pub struct Task<'a> {
     pub targets: &'a Targets,
     /// Where copies go.
     pub temp: &'a Path,
+    pub gauge: &'a Gauge,
     pub queue_depths: &'a [u32],
     /// What is wanted.
     pub figures: &'a [Figure],
@@ -91,6 +95,7 @@ impl Task<'_> {
             Figure::ReadData,
             Figure::ReadHole,
         ];
+        self.gauge.on_one_cpu();
         if SESSION.iter().any(|figure| self.wants(*figure)) {
             let mut first = Vec::new();
             let result = self.session(
@@ -115,6 +120,8 @@ impl Task<'_> {
                 self.requests(key, found)?;
             }
         }
+        // Jobs have several threads.
+        self.gauge.on_all_cpus();
         for (figure, job) in [
             (Figure::Stream, Self::stream as fn(&Self) -> Result<f64>),
             (Figure::Merge, Self::merge),
@@ -132,12 +139,19 @@ impl Task<'_> {
 
     /// Open, memory, and single reads.
     fn session(&self, only_open: bool, put: &mut dyn FnMut(Figure, f64)) -> Result<()> {
-        let mut session = self.qemu.open(self.top)?;
-        put(Figure::Open, session.seconds);
-        if session.seconds < FAST && self.wants(Figure::Open) {
+        let open = || -> Result<(Session, f64)> {
+            let session = self.qemu.open(self.top)?;
+            let (from, upto) = session.opened;
+            let seconds = (upto - from).as_secs_f64();
+            Ok((session, seconds / self.gauge.slowdown(from, upto)))
+        };
+        let (mut session, seconds) = open()?;
+        put(Figure::Open, seconds);
+        if seconds < FAST && self.wants(Figure::Open) {
             for _ in 1..OPENS {
-                session = self.qemu.open(self.top)?;
-                put(Figure::Open, session.seconds);
+                let seconds;
+                (session, seconds) = open()?;
+                put(Figure::Open, seconds);
             }
         }
         put(Figure::MemoryOpen, session.resident()? as f64);
@@ -160,18 +174,22 @@ impl Task<'_> {
             if !self.wants(figure) || places.is_empty() {
                 continue;
             }
-            // Of each place the least, so that what else goes on does not count;
-            // of the places the mean, as they differ in depth.
-            let mut times = vec![f64::INFINITY; places.len()];
+            // Of each place the lower median, so that what else goes on does not
+            // count; of the places the mean, as they differ in depth.
+            let mut times = vec![Vec::with_capacity(REPEATS); places.len()];
             for _ in 0..REPEATS {
-                for (place, time) in places.iter().zip(&mut times) {
-                    *time = time.min(session.read(*place)?);
+                for (place, times) in places.iter().zip(&mut times) {
+                    let from = Instant::now();
+                    let seconds = session.read(*place)?;
+                    times.push(seconds / self.gauge.slowdown(from, Instant::now()));
                 }
+                std::thread::sleep(BETWEEN);
             }
-            put(
-                figure,
-                times.iter().sum::<f64>() / places.len() as f64 * 1e6,
-            );
+            let times = times.iter_mut().map(|times| {
+                times.sort_unstable_by(f64::total_cmp);
+                times[(times.len() - 1) / 2]
+            });
+            put(figure, times.sum::<f64>() / places.len() as f64 * 1e6);
         }
         Ok(())
     }
@@ -200,7 +218,7 @@ impl Task<'_> {
 
     fn two_runs(&self, queue_depth: u32, before: Option<&Runs>) -> Result<Runs> {
         let warm = (self.targets.tables.saturating_mul(3)).clamp(50, MAX_LOADING);
-        let first = self.qemu.bench(self.top, queue_depth, warm)?;
+        let first = self.bench(queue_depth, warm)?;
         let guess = (BENCH_SECONDS / first.max(1e-3) * warm as f64) as u64;
         // Two processes never cost quite the same, so that the first should be short.
         let mut more = guess.clamp(2 * warm, 100_000.max(2 * warm));
@@ -209,7 +227,7 @@ impl Task<'_> {
         }
         // Loading tables is slower than what follows.
         loop {
-            let second = self.qemu.bench(self.top, queue_depth, warm + more)?;
+            let second = self.bench(queue_depth, warm + more)?;
             let spent = second - first;
             if spent >= BENCH_SECONDS / 2.0 || more >= 400_000 || before.is_some() {
                 return Ok(Runs {
@@ -221,6 +239,12 @@ impl Task<'_> {
             let scale = BENCH_SECONDS / spent.max(BENCH_SECONDS / 20.0) * 1.2;
             more = (more as f64 * scale) as u64;
         }
+    }
+
+    fn bench(&self, queue_depth: u32, count: u64) -> Result<f64> {
+        let from = Instant::now();
+        let seconds = self.qemu.bench(self.top, queue_depth, count)?;
+        Ok(seconds / self.gauge.slowdown(from, Instant::now()))
     }
 
     /// Seconds of a `block-stream` of everything into a new overlay of ours.

@@ -14,13 +14,13 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// What the models are about: what it takes when nothing else goes on.
-    /// Whatever does only makes things take longer, so that of times it is the
-    /// least; memory is the same every time, more or less.
+    /// What the models are about. Of jobs it is the least, as whatever else
+    /// goes on only makes them take longer; of other times that is accounted for
+    /// already (see `gauge`).
     pub fn value(&self, figure: Figure) -> f64 {
         match figure {
-            Figure::MemoryOpen | Figure::MemoryWarm => self.median,
-            _ => self.least,
+            Figure::Stream | Figure::Merge => self.least,
+            _ => self.median,
         }
     }
 

@@ -38,7 +38,11 @@ impl Targets {
         let mut warm = Warm::new(chain.disk_size(), chain.unit());
         let (shape, found) = Shape::of(
             chain,
-            &mut |piece: Piece| warm.add(piece.start, piece.start + piece.len, piece.depth),
+            &mut |piece: Piece| {
+                if piece.visible {
+                    warm.add(piece.start, piece.start + piece.len, piece.depth);
+                }
+            },
             &mut |_| {},
         )?;
         let mut holes = Sample::new(shape.holes.bytes, count, 1);

@@ -84,8 +84,44 @@ pub struct Residual {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
     pub name: String,
-    pub shape: Shape,
-    pub samples: Vec<(Key, Sample)>,
+    pub layers: usize,
+    pub figures: Vec<MeasuredFigure>,
+}
+
+/// A figure of it, with the terms that it is the sum of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MeasuredFigure {
+    #[serde(flatten)]
+    pub key: Key,
+    #[serde(flatten)]
+    pub sample: Sample,
+    pub terms: Vec<(String, f64)>,
+    pub known: f64,
+}
+
+impl Measurement {
+    /// Keeps of a chain what the models need.
+    pub fn new(name: &str, shape: &Shape, driver: Driver, samples: &[(Key, Sample)]) -> Self {
+        let model = Model::new(shape, driver);
+        let figure = |(key, sample): &(Key, Sample)| {
+            let terms = model.terms(*key)?;
+            Some(MeasuredFigure {
+                key: *key,
+                sample: *sample,
+                terms: terms
+                    .list
+                    .iter()
+                    .map(|(name, value)| ((*name).to_owned(), *value))
+                    .collect(),
+                known: terms.known,
+            })
+        };
+        Self {
+            name: name.to_owned(),
+            layers: shape.depth(),
+            figures: samples.iter().filter_map(figure).collect(),
+        }
+    }
 }
 
 /// A value with an error bar of two standard deviations.
@@ -124,27 +160,22 @@ impl Calibrated {
             let mut names = Vec::new();
             let mut residuals = Vec::new();
             for measured in &self.points {
-                let model = Model::new(&measured.shape, self.driver);
-                let of_figure = measured
-                    .samples
-                    .iter()
-                    .filter(|(key, _)| key.figure == figure);
-                for (key, sample) in of_figure {
-                    if let Some(terms) = model.terms(*key) {
-                        names = terms.list.iter().map(|(name, _)| *name).collect();
-                        points.push(Point {
-                            terms: terms.list.iter().map(|(_, value)| *value).collect(),
-                            known: terms.known,
-                            value: sample.value(figure),
-                        });
-                        residuals.push(Residual {
-                            chain: measured.name.clone(),
-                            layers: measured.shape.depth(),
-                            queue_depth: key.queue_depth,
-                            measured: sample.value(figure),
-                            fitted: 0.0,
-                        });
-                    }
+                let of_figure = measured.figures.iter();
+                for found in of_figure.filter(|found| found.key.figure == figure) {
+                    let value = found.sample.value(figure);
+                    names = found.terms.iter().map(|(name, _)| name.clone()).collect();
+                    points.push(Point {
+                        terms: found.terms.iter().map(|(_, value)| *value).collect(),
+                        known: found.known,
+                        value,
+                    });
+                    residuals.push(Residual {
+                        chain: measured.name.clone(),
+                        layers: measured.layers,
+                        queue_depth: found.key.queue_depth,
+                        measured: value,
+                        fitted: 0.0,
+                    });
                 }
             }
             if let Some(fit) = fit(&points) {
@@ -153,7 +184,7 @@ impl Calibrated {
                 }
                 self.models.push(Fitted {
                     figure,
-                    terms: names.into_iter().map(str::to_owned).collect(),
+                    terms: names,
                     fit,
                     residuals,
                 });
@@ -219,15 +250,25 @@ impl Calibration {
             "{name} is no calibration"
         );
         let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
-        let mut found: Self = serde_json::from_str(&text).with_context(|| name.clone())?;
+        let found: Self = serde_json::from_str(&text).with_context(|| name.clone())?;
         ensure!(
             found.version == VERSION,
             "{name}: version {}, not {VERSION}",
             found.version
         );
-        // The points are what counts: another version of this program may have
-        // other terms.
-        found.drivers.iter_mut().for_each(Calibrated::fit);
+        for driver in &found.drivers {
+            for model in &driver.models {
+                // They were fitted to these terms and to no others.
+                let known = Model::names(driver.driver, model.figure);
+                let count = known.len();
+                ensure!(
+                    known == model.terms
+                        && model.fit.constants.len() == count
+                        && model.fit.inverse.len() == count * count,
+                    "{name} is of another version of this program: calibrate again"
+                );
+            }
+        }
         Ok(found)
     }
 

@@ -65,7 +65,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Reads the tables of a chain. `see` gets every visible piece, too.
+    /// Reads the tables of a chain. `see` gets every piece, too.
     pub fn of(
         chain: &Chain,
         see: &mut dyn FnMut(Piece),
@@ -83,8 +83,8 @@ impl Shape {
                         &mut layer.zeroes
                     };
                     part.add(piece.len);
-                    see(piece);
                 }
+                see(piece);
             },
             progress,
         )?;

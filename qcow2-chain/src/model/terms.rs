@@ -2,7 +2,7 @@
 //! the reasons.
 
 use super::figure::{Figure, Key};
-use super::shape::{Served, Shape};
+use super::shape::{LayerShape, Served, Shape};
 use super::walk::{Walk, Walks};
 use crate::cli::Driver;
 
@@ -14,6 +14,10 @@ const BUDGET: u64 = 32 << 20;
 /// Entries in a slice of its index, and the bytes that one takes.
 const SLICE_UNITS: u64 = 512;
 const SLICE_BYTES: u64 = 512 * 8 + 64;
+
+/// Files from which on their data structures are more out of the CPU's caches
+/// than in them.
+const MANY: f64 = 100.0;
 
 /// A figure as a sum: each term times a constant of the machine, plus what
 /// needs no constant.
@@ -39,6 +43,27 @@ impl<'a> Model<'a> {
             walks: Walks::of(shape),
             driver,
         }
+    }
+
+    /// The names of a figure's terms.
+    pub fn names(driver: Driver, figure: Figure) -> Vec<&'static str> {
+        let some = Served {
+            bytes: 1,
+            pieces: 1,
+            steps: 1,
+        };
+        let shape = Shape {
+            disk: 2,
+            unit: 65536,
+            layers: vec![LayerShape {
+                data: some,
+                ..LayerShape::default()
+            }],
+            holes: some,
+        };
+        let terms = Model::new(&shape, driver).terms(figure.into());
+        let names = terms.unwrap_or_default().list.into_iter();
+        names.map(|(name, _)| name).collect()
     }
 
     /// The terms of a figure; `None` where the chain has nothing to measure.
@@ -79,7 +104,7 @@ impl<'a> Model<'a> {
         self.shape.depth() as f64
     }
 
-    fn sum(&self, of: impl Fn(&super::shape::LayerShape) -> u64) -> u64 {
+    fn sum(&self, of: impl Fn(&LayerShape) -> u64) -> u64 {
         self.shape.layers.iter().map(of).sum()
     }
 
@@ -179,10 +204,12 @@ impl<'a> Model<'a> {
             _ => self.data_share(),
         };
         let mut terms = self.request(key, data);
-        if data > 0.0 {
-            let depth = self.depth();
-            // All of it misses when there are many.
-            terms.push(("us: data of many files", data * depth / (depth + 100.0)));
+        let depth = self.depth();
+        // All of it misses when there are many.
+        let many = depth / (depth + MANY);
+        terms.push(("us: many files", many));
+        if key.figure == Figure::ReadDisk {
+            terms.push(("us: data of many files", data * many));
         }
         terms
     }

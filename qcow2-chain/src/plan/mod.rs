@@ -1,6 +1,7 @@
 //! `plan`: which neighbouring layers to merge.
 
 mod commands;
+mod goals;
 mod merge;
 mod segments;
 
@@ -11,9 +12,12 @@ use serde::Serialize;
 
 use crate::chain::{Chain, End, Kind};
 use crate::cli::{Method, Output, Plan};
-use crate::survey::{LayerFigures, Piece, survey};
+use crate::model::figure::Figure;
+use crate::model::shape::Shape;
+use crate::survey::{LayerFigures, Piece};
 use crate::text::{self, Progress, bytes, printable};
 use commands::Commands;
+use goals::{Cost, Costs, Goals, merged};
 use merge::{Group, Limits, merge};
 use segments::{Segment, Segments};
 
@@ -33,6 +37,9 @@ struct Report {
     bytes_freed: i64,
     before: State,
     after: State,
+    /// Where a goal needs it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted: Option<Costs>,
     /// In the order in which they are to be carried out.
     merges: Vec<Merge>,
 }
@@ -67,42 +74,55 @@ struct Merge {
 /// Carries the command out; the result is the exit code.
 pub fn run(args: &Plan) -> Result<u8> {
     ensure!(
-        args.depth.is_some() || args.keep_last.is_some() || args.max_bytes.is_some(),
-        "what for? give --depth, --keep-last or --max-bytes"
+        args.depth.is_some()
+            || args.keep_last.is_some()
+            || args.max_bytes.is_some()
+            || args.latency.is_some()
+            || args.memory.is_some(),
+        "what for? give --depth, --keep-last, --max-bytes, --latency or --memory"
     );
+    let goals = Goals::new(args)?;
     let chain = Chain::open(&args.image, &args.common.policy()?)?;
     ensure!(
         matches!(chain.end, End::Complete),
         "the chain is not complete: {}",
         chain.end
     );
-    let (layers, figures) = read(&chain, args.common.quiet)?;
+    let (layers, figures, shape) = read(&chain, args.common.quiet)?;
     let count = layers.len();
     // The layers from `first` up to `last`, which is not one of them, may be merged.
     let first = args.keep_last.unwrap_or(0).min(count);
     let writable = |depth: usize| matches!(chain.layers[depth].kind, Kind::Qcow2(_));
     let base_stays = !args.into_base || !writable(count - 1);
     let last = (count - usize::from(base_stays)).max(first);
-    let limits = Limits {
+    let mut limits = Limits {
         depth: args.depth.unwrap_or(match args.keep_last {
             Some(_) => first + 1 + usize::from(base_stays),
+            // As little as the other goals take.
+            None if goals.is_some() => count,
             None => 1,
         }),
         bytes: args.max_bytes.unwrap_or(u64::MAX),
     };
     let groups = layers.into_iter().enumerate().take(last).skip(first);
-    let groups = groups
+    let groups: Vec<_> = groups
         .map(|(depth, layer)| Group::new(depth, layer))
         .collect();
-    let groups = merge(groups, count - (last - first), limits);
-    let report = report(
-        args,
-        &chain,
-        &figures,
-        &groups,
-        count - (last - first),
-        limits,
-    );
+    let fixed = count - (last - first);
+    let mut reached = true;
+    if let Some((goals, _)) = &goals {
+        let enough = |depth: usize| {
+            let limits = Limits { depth, ..limits };
+            goals.reached(&merged(&shape, &merge(groups.clone(), fixed, limits)))
+        };
+        (limits.depth, reached) = longest(limits.depth, &enough);
+    }
+    let groups = merge(groups, fixed, limits);
+    let mut report = report(args, &chain, &figures, &groups, fixed, limits);
+    report.goal_reached &= reached;
+    if let Some((goals, warnings)) = goals {
+        report.predicted = Some(goals.costs(&shape, &merged(&shape, &groups), warnings));
+    }
     match args.common.output {
         Output::Json => text::print_json(&report)?,
         Output::Table => print(&report)?,
@@ -110,12 +130,33 @@ pub fn run(args: &Plan) -> Result<u8> {
     Ok(if report.goal_reached { 0 } else { UNREACHED })
 }
 
+/// The longest chain of at most `most` layers that is short enough, and
+/// whether there is one: the shorter the better it is.
+fn longest(most: usize, enough: &dyn Fn(usize) -> bool) -> (usize, bool) {
+    if enough(most) {
+        return (most, true);
+    }
+    if !enough(1) {
+        return (1, false);
+    }
+    let (mut good, mut bad) = (1, most);
+    while bad - good > 1 {
+        let next = good.midpoint(bad);
+        if enough(next) {
+            good = next;
+        } else {
+            bad = next;
+        }
+    }
+    (good, true)
+}
+
 /// What each layer decides.
-fn read(chain: &Chain, quiet: bool) -> Result<(Vec<Segments>, Vec<LayerFigures>)> {
+fn read(chain: &Chain, quiet: bool) -> Result<(Vec<Segments>, Vec<LayerFigures>, Shape)> {
     let mut layers = vec![Segments::default(); chain.layers.len()];
     let mut total = 0;
     let bar = Progress::new("reading tables", layers.len(), quiet);
-    let found = survey(
+    let (shape, found) = Shape::of(
         chain,
         &mut |piece: Piece| {
             // Visible parts are told as well, and are no more.
@@ -136,7 +177,7 @@ fn read(chain: &Chain, quiet: bool) -> Result<(Vec<Segments>, Vec<LayerFigures>)
         total < MAX_SEGMENTS,
         "more than {MAX_SEGMENTS} stretches of data: too fragmented to plan"
     );
-    Ok((layers, found.layers))
+    Ok((layers, found.layers, shape))
 }
 
 fn report(
@@ -220,6 +261,7 @@ fn report(
             mean_depth: mean(&|depth| joined[depth]),
             l2_table_bytes: all_tables - saved_tables,
         },
+        predicted: None,
         merges,
     }
 }
@@ -253,6 +295,26 @@ fn print(report: &Report) -> Result<()> {
         bytes(after.l2_table_bytes),
         bytes(report.bytes_freed.max(0).unsigned_abs())
     )?;
+    if let Some(costs) = &report.predicted {
+        let read = |cost: &Cost| match cost.read_microseconds {
+            Some(value) => Figure::ReadData.show(value),
+            None => "no read".into(),
+        };
+        let memory = |cost: &Cost| cost.memory_bytes.map_or("unknown".into(), bytes);
+        let (before, after) = (&costs.before, &costs.after);
+        writeln!(
+            out,
+            "{}, predicted: 4 KiB read of data {} -> {}; memory {} -> {}",
+            costs.driver.name(),
+            read(before),
+            read(after),
+            memory(before),
+            memory(after)
+        )?;
+        for warning in &costs.warnings {
+            writeln!(out, "Not to be relied on: {}", printable(warning))?;
+        }
+    }
     if !report.goal_reached {
         writeln!(out, "The goal is not reached with these limits.")?;
     }

@@ -29,6 +29,11 @@ impl Segments {
         self.0.len()
     }
 
+    /// Start and end of each part.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.0.iter().map(|segment| (segment.start, segment.end))
+    }
+
     /// Bytes of data.
     pub fn data_bytes(&self) -> u64 {
         let data = self.0.iter().filter(|segment| segment.data);

@@ -15,6 +15,7 @@ use crate::calibrate::build_args;
 use crate::chain::{Chain, Policy};
 use crate::cli::{Driver, Output, Validate};
 use crate::measure::Temporary;
+use crate::measure::gauge::Gauge;
 use crate::measure::qemu::Qemu;
 use crate::measure::run::{Found, Task};
 use crate::measure::sample::Sample;
@@ -55,7 +56,7 @@ pub struct Measured {
 pub fn run(args: &Validate) -> Result<u8> {
     let begin = Instant::now();
     // It would be a pity to learn later that there is none.
-    let (calibration, path) = predict::load(&args.prediction)?;
+    let (calibration, path) = predict::load(args.prediction.calibration.as_deref())?;
     let driver = args.programs.driver;
     let known = calibration
         .drivers
@@ -74,6 +75,7 @@ pub fn run(args: &Validate) -> Result<u8> {
         .map(|number| args.seed + number)
         .collect();
     let bar = Progress::new("measuring", seeds.len(), args.quiet);
+    let gauge = Gauge::start();
     let mut left = 0;
     for (number, seed) in seeds.iter().enumerate() {
         if of_driver.contains_key(seed) {
@@ -86,7 +88,7 @@ pub fn run(args: &Validate) -> Result<u8> {
         }
         of_driver.insert(
             *seed,
-            measure(args, *seed).with_context(|| format!("seed {seed}"))?,
+            measure(args, &gauge, *seed).with_context(|| format!("seed {seed}"))?,
         );
         bar.at(number + 1);
     }
@@ -107,7 +109,7 @@ pub fn run(args: &Validate) -> Result<u8> {
     Ok(if report.within_limits { 0 } else { TOO_FAR })
 }
 
-fn measure(args: &Validate, seed: u64) -> Result<Measured> {
+fn measure(args: &Validate, gauge: &Gauge, seed: u64) -> Result<Measured> {
     let recipe = Recipe::draw(seed);
     let temp = Temporary::new(args.programs.temp.as_deref())?;
     let dir = temp.0.join("chain");
@@ -136,11 +138,23 @@ fn measure(args: &Validate, seed: u64) -> Result<Measured> {
         raw: false,
         targets: &targets,
         temp: &temp.0,
+        gauge,
         queue_depths: &args.prediction.queue_depth,
         figures: &figures,
     };
     let mut found = Found::default();
-    for _ in 0..args.rounds.max(1) {
+    task.round(&mut found)?;
+    let job = |figure: &Figure| matches!(figure, Figure::Stream | Figure::Merge);
+    let figures: Vec<_> = figures
+        .iter()
+        .copied()
+        .filter(|figure| !job(figure))
+        .collect();
+    let task = Task {
+        figures: &figures,
+        ..task
+    };
+    for _ in 1..args.rounds {
         task.round(&mut found)?;
     }
     let crashes = found.crashes.iter();

@@ -1,0 +1,273 @@
+//! `predict`, `measure`, `calibrate`: with constants that are known, and with
+//! QEMU where that has been built.
+
+mod common;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::{expect, json, name, qemu, same_shape};
+use serde_json::{Value, json};
+
+/// A calibration whose constants are easy to calculate with.
+fn calibration(dir: &Path) -> String {
+    let model = |figure: &str, terms: &[(&str, f64)]| {
+        let names: Vec<_> = terms.iter().map(|(name, _)| *name).collect();
+        let constants: Vec<_> = terms.iter().map(|(_, value)| *value).collect();
+        json!({
+            "figure": figure, "terms": names, "residuals": [],
+            "fit": {
+                "constants": constants, "relative_error": 0.1, "points": 9,
+                "inverse": vec![0.0; names.len() * names.len()],
+            },
+        })
+    };
+    let driver = |driver: &str, crashes: Value, models: Vec<Value>| {
+        json!({
+            "driver": driver, "qemu": "10.0.13", "aio": "threads", "measured_at": 0, "points": [],
+            "deepest_read": {"works": 20, "crashes": crashes}, "models": models,
+        })
+    };
+    let open = [
+        ("s: a chain", 1.0),
+        ("s/layer", 0.5),
+        ("s/pair of layers", 0.25),
+        ("s/MiB of L1 and refcount tables", 0.0),
+    ];
+    let read = [
+        ("us: a request", 10.0),
+        ("us/level", 1.0),
+        ("us/lookup in a table", 0.0),
+        ("us/visit of a node", 0.125),
+        ("us/visit among a thousand nodes", 0.0),
+    ];
+    let memory = [("B: the program", 8e6), ("B/layer", 1e5)];
+    let indexed = [("us: a request", 1.5), ("us: many files", 0.0)];
+    let value = json!({
+        "version": 1,
+        "machine": {"cpu": "none", "cpus": 1, "kernel": "0", "name": "elsewhere"},
+        "drivers": [
+            driver("qcow2", json!(25), vec![
+                model("open", &open), model("memory_warm", &memory), model("read_hole", &read),
+            ]),
+            driver("rqcow2", Value::Null, vec![
+                model("memory_warm", &memory), model("read_hole", &indexed),
+            ]),
+        ],
+    });
+    let path = dir.join("calibration.json");
+    std::fs::write(&path, value.to_string()).unwrap();
+    name(&path)
+}
+
+fn figure<'a>(report: &'a Value, driver: usize, figure: &str) -> &'a Value {
+    let figures = report["drivers"][driver]["figures"].as_array().unwrap();
+    figures.iter().find(|f| f["figure"] == figure).unwrap()
+}
+
+#[test]
+fn what_the_constants_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let top = common::empty_chain(dir.path(), 4);
+    let args = ["predict", "--calibration", &constants, &top];
+    let report = json(0, &args);
+    same_shape(&report, "predict.txt");
+    // 1 + 4 / 2 + 4 * 4 / 2 / 4
+    let open = figure(&report, 0, "open");
+    assert_eq!(open["value"].as_f64(), Some(5.0));
+    assert!(open["low"].as_f64().unwrap() < 4.3 && open["high"].as_f64().unwrap() > 5.9);
+    // 10 + 4 levels + (4 + 4 + 3 + 2 + 1) visits / 8
+    assert_eq!(
+        figure(&report, 0, "read_hole")["value"].as_f64(),
+        Some(15.75)
+    );
+    assert_eq!(figure(&report, 1, "read_hole")["value"].as_f64(), Some(1.5));
+    // A refcount table of 64 KiB in each layer, an L1 table of two entries.
+    let memory = figure(&report, 0, "memory_warm")["value"].as_f64();
+    assert_eq!(memory, Some(8.4e6 + 4.0 * (65536.0 + 16.0)));
+    assert!(
+        report["warnings"][0]
+            .as_str()
+            .unwrap()
+            .contains("another machine")
+    );
+    assert!(expect(0, &args).contains("Not to be relied on"));
+}
+
+#[test]
+fn crashes_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let top = common::empty_chain(dir.path(), 30);
+    let report = json(0, &["predict", "--calibration", &constants, &top]);
+    assert_eq!(report["drivers"][0]["crashes"], true);
+    assert!(figure(&report, 0, "read_hole").get("value").is_none());
+    assert!(figure(&report, 0, "open")["value"].is_number());
+    assert_eq!(report["drivers"][1]["crashes"], false);
+    assert!(figure(&report, 1, "read_hole")["value"].is_number());
+}
+
+#[test]
+fn no_calibration() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = common::empty_chain(dir.path(), 2);
+    let nowhere = name(&dir.path().join("none"));
+    let error = expect(1, &["predict", "--calibration", &nowhere, &top]);
+    assert!(error.contains("qcow2-chain calibrate"), "{error}");
+    for nonsense in [
+        "",
+        "{}",
+        "[1]",
+        "{\"version\":9,\"machine\":{},\"drivers\":[]}",
+    ] {
+        std::fs::write(&nowhere, nonsense).unwrap();
+        expect(1, &["predict", "--calibration", &nowhere, &top]);
+    }
+    // Terms that the models here do not have.
+    let constants = calibration(dir.path());
+    let text = std::fs::read_to_string(&constants).unwrap();
+    std::fs::write(&constants, text.replace("us/level", "us/mile")).unwrap();
+    let error = expect(1, &["predict", "--calibration", &constants, &top]);
+    assert!(error.contains("calibrate again"), "{error}");
+}
+
+#[test]
+fn hostile_chains() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let at = |file: &str| name(&dir.path().join(file));
+    common::Empty {
+        backing: Some("b"),
+        ..Default::default()
+    }
+    .write(&dir.path().join("a"));
+    common::Empty {
+        backing: Some("a"),
+        ..Default::default()
+    }
+    .write(&dir.path().join("b"));
+    // A disk of 32 TiB of which nothing is there.
+    common::Empty {
+        size: 1 << 45,
+        ..Default::default()
+    }
+    .write(&dir.path().join("wide"));
+    std::fs::write(at("cut"), &std::fs::read(at("a")).unwrap()[..80]).unwrap();
+    for (file, code) in [("a", 1), ("cut", 1)] {
+        let begin = Instant::now();
+        expect(code, &["predict", "--calibration", &constants, &at(file)]);
+        expect(code, &["measure", "--qemu", "/nowhere", &at(file)]);
+        assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+    let begin = Instant::now();
+    let result = common::tool(&["predict", "--calibration", &constants, &at("wide")]);
+    assert!(result.status.code().is_some_and(|code| code <= 1));
+    assert!(begin.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_thousand_layers_of_a_large_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let chain = name(&dir.path().join("c"));
+    let built = json(
+        0,
+        &[
+            "build",
+            "--layers",
+            "1000",
+            "--disk",
+            "16G",
+            "--data-per-layer",
+            "256K",
+            &chain,
+        ],
+    );
+    let top = built["top"].as_str().unwrap();
+    let begin = Instant::now();
+    let report = json(0, &["predict", "--calibration", &constants, top]);
+    assert_eq!(report["layers"], 1000);
+    // The programs under test are built without optimization.
+    assert!(begin.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_real_qemu() {
+    let Some(io) = qemu("qemu-io") else { return };
+    let programs = name(io.parent().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let chain = name(&dir.path().join("a chain, with a comma"));
+    let built = json(0, &["build", "--layers", "12", "--disk", "64M", &chain]);
+    let top = built["top"].as_str().unwrap();
+    let before = std::fs::metadata(top).unwrap().modified().unwrap();
+    let args = [
+        "measure",
+        "--qemu",
+        &programs,
+        "--aio",
+        "threads",
+        "--rounds",
+        "1",
+        "--reads",
+        "5",
+        "--calibration",
+        &constants,
+        "--queue-depth",
+        "4",
+        top,
+    ];
+    let report = json(0, &args);
+    same_shape(&report, "measure.txt");
+    for figure in report["figures"].as_array().unwrap() {
+        assert!(
+            figure["measured"]["median"].as_f64().unwrap() > 0.0,
+            "{figure}"
+        );
+    }
+    assert_eq!(report["figures"].as_array().unwrap().len(), 8);
+    // Only its overlay was written to, and that is gone.
+    assert_eq!(std::fs::metadata(top).unwrap().modified().unwrap(), before);
+    assert_eq!(std::fs::read_dir(&chain).unwrap().count(), 12);
+    let text = expect(0, &[&args[..], &["--what", "open"]].concat());
+    assert!(text.contains("open") && !text.contains("stream"), "{text}");
+}
+
+#[test]
+fn a_crash_is_a_result() {
+    let Some(io) = qemu("qemu-io") else { return };
+    let programs = name(io.parent().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let top = common::empty_chain(dir.path(), 960);
+    let args = [
+        "measure",
+        "--qemu",
+        &programs,
+        "--aio",
+        "threads",
+        "--rounds",
+        "1",
+        "--reads",
+        "1",
+        "--what",
+        "open,memory",
+        &top,
+    ];
+    let report = json(0, &args);
+    let figures = report["figures"].as_array().unwrap();
+    let of = |name: &str| {
+        figures
+            .iter()
+            .find(|figure| figure["figure"] == name)
+            .unwrap()
+    };
+    assert!(of("open")["measured"]["median"].is_number());
+    assert!(
+        of("memory_warm")["crash"]
+            .as_str()
+            .unwrap()
+            .contains("SIGSEGV"),
+        "{report}"
+    );
+}
