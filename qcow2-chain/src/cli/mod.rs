@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub use models::{Aio, Calibrate, Driver, Measure, Predict, Prediction, Programs, Validate, What};
+#[allow(unused_imports, reason = "the build script needs only some")]
+pub use models::{Aio, Calibrate, Driver, Measure, Predict, Programs, Validate, What};
 
 /// Looks at, checks, plans and builds chains of qcow2 images.
 ///

@@ -180,6 +180,11 @@ impl<'a> Model<'a> {
         match key.figure {
             Figure::ReadDisk => vec![
                 ("us: a request", 1.0),
+                // Polled once for all that are under way.
+                (
+                    "us: a turn of the event loop",
+                    1.0 / f64::from(key.queue_depth.max(1)),
+                ),
                 ("us: reading data", data),
                 // What one request waits for, others use.
                 (
