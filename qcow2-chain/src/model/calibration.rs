@@ -144,7 +144,11 @@ impl Machine {
         let system = rustix::system::uname();
         Self {
             cpu: cpu.unwrap_or_else(|| system.machine().to_string_lossy().into_owned()),
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            // Not how many this process may use, which changes while it measures.
+            cpus: info
+                .lines()
+                .filter(|line| line.starts_with("processor"))
+                .count(),
             kernel: system.release().to_string_lossy().into_owned(),
             name: system.nodename().to_string_lossy().into_owned(),
         }
