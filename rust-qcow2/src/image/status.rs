@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::format::entry::Mapping;
 use crate::format::subclusters::Part;
 use crate::host::{Content, File, Host};
-use crate::units::{ClusterIndex, GuestOffset, HostOffset};
+use crate::units::{ClusterIndex, GuestOffset, HostOffset, round_up};
 
 /// A range of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,10 +82,14 @@ impl<H: Host> Image<H> {
     /// How many of `len` bytes are to be looked at. Where this image has nothing
     /// the next question is what the layers below have: with data in many of
     /// them the answer is short, and to find the end of what is not here each
-    /// time would take the square of the number of clusters.
+    /// time would take the square of the number of clusters. Whole clusters of
+    /// this image, whatever theirs are: copy-on-read depends on that.
     fn worth_asking(&self, guest: GuestOffset, len: u64) -> Result<u64> {
         match self.known_below(guest, len) {
-            Some(known) if self.part_at(guest, 1)?.0.mapping == Mapping::Unallocated => Ok(known),
+            Some(known) if self.part_at(guest, 1)?.0.mapping == Mapping::Unallocated => {
+                let end = round_up(guest.0 + known, self.geometry.cluster_bits);
+                Ok(len.min(end - guest.0))
+            }
             _ => Ok(len),
         }
     }
