@@ -52,6 +52,7 @@ const FUNCTIONS: &[&str] = &[
     "bdrv_is_read_only",
     "bdrv_is_writable",
     "bdrv_open_file_child",
+    "bdrv_opt_mem_align",
     "bdrv_register",
     "bdrv_uses_whitelist",
     "bdrv_unref_child",

@@ -234,6 +234,11 @@ impl Host for Qemu {
         unsafe { Aligned::new(self.bs, len) }
     }
 
+    fn scratch(&self, len: usize) -> Result<Aligned> {
+        // SAFETY: as above.
+        unsafe { Aligned::scratch(self.bs, len) }
+    }
+
     fn parallel(&self, workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
         parallel::run(workers, tasks)
     }

@@ -213,6 +213,11 @@ impl Host for LocalHost {
         Ok(vec![0; len])
     }
 
+    fn scratch(&self, len: usize) -> Result<Vec<u8>> {
+        // So that it is seen when somebody relies on zeroes.
+        Ok(vec![0xa5; len])
+    }
+
     fn parallel(&self, _workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
         tasks.into_iter().try_for_each(|task| task())
     }

@@ -259,6 +259,11 @@ impl Host for MemoryHost {
         Ok(vec![0; len])
     }
 
+    fn scratch(&self, len: usize) -> Result<Vec<u8>> {
+        // So that it is seen when somebody relies on zeroes.
+        Ok(vec![0xa5; len])
+    }
+
     fn parallel(&self, _workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
         std::thread::scope(|scope| {
             let threads: Vec<_> = tasks.into_iter().map(|task| scope.spawn(task)).collect();

@@ -117,6 +117,13 @@ pub trait Host: Send + Sync + Sized + 'static {
     /// `ENOMEM` where there is not enough.
     fn aligned(&self, len: usize) -> Result<Self::Aligned>;
 
+    /// The same with anything in it: for what is overwritten as a whole before
+    /// it is read, on ways where zeroing costs more than the rest.
+    ///
+    /// # Errors
+    /// `ENOMEM` where there is not enough.
+    fn scratch(&self, len: usize) -> Result<Self::Aligned>;
+
     /// Runs all tasks, up to `workers` of them at a time, and returns when the
     /// last one has ended. Once a task has failed no further one is started.
     ///

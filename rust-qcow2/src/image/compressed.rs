@@ -18,12 +18,12 @@ use crate::units::{GuestOffset, HostOffset, round_up};
 impl<H: Host> Image<H> {
     /// The guest cluster whose compressed data are at `extent`, as a whole.
     /// Somebody holds the place meanwhile.
-    pub(crate) fn read_compressed(&self, extent: CompressedExtent) -> Result<Vec<u8>> {
+    pub(crate) fn read_compressed(&self, extent: CompressedExtent) -> Result<H::Aligned> {
         let kind = self.shared.read().header.compression_type()?;
-        let mut packed = self.host.aligned(extent.len as usize)?;
+        let mut packed = self.host.scratch(extent.len as usize)?;
         self.host.event(Event::ReadCompressed);
         self.host.file().read(extent.offset.0, &mut packed)?;
-        let mut cluster = vec![0; self.geometry.cluster_size() as usize];
+        let mut cluster = self.host.scratch(self.geometry.cluster_size() as usize)?;
         self.host
             .offload(|| kind.decompress(&packed, &mut cluster))?;
         Ok(cluster)
@@ -86,8 +86,10 @@ impl<H: Host> Image<H> {
     ) -> Result<()> {
         let size = self.geometry.cluster_size() as usize;
         let kind = self.shared.read().header.compression_type()?;
-        let mut cluster = vec![0; size];
-        buf.get(at, &mut cluster[..len as usize]);
+        let mut cluster = self.host.scratch(size)?;
+        let (data, rest) = cluster.split_at_mut(len as usize);
+        buf.get(at, data);
+        rest.fill(0);
         let packed = self.host.offload(|| kind.compress(&cluster, size - 1))?;
         let Some(packed) = packed else {
             return self.write(guest, len, buf, at);

@@ -54,7 +54,7 @@ impl<H: Host> Image<H> {
         let guest_part = Part::Guest { buf, at, len };
         let (head_len, tail_len) = (head as usize, tail as usize);
         if head > 0 && tail > 0 && piece.len <= MERGE_READ_MAX {
-            let mut whole = self.host.aligned(head_len + len + tail_len)?;
+            let mut whole = self.host.scratch(head_len + len + tail_len)?;
             self.read_bytes(start, &mut whole)?;
             let parts = [
                 Part::Bytes(&whole[..head_len]),
@@ -64,7 +64,7 @@ impl<H: Host> Image<H> {
             self.host.event(Event::CowWrite);
             self.write_data_parts(start, host, &parts)?;
         } else {
-            let mut ends = self.host.aligned(head_len + tail_len)?;
+            let mut ends = self.host.scratch(head_len + tail_len)?;
             let (head_bytes, tail_bytes) = ends.split_at_mut(head_len);
             self.read_bytes(start, head_bytes)?;
             self.read_bytes(tail_at, tail_bytes)?;
@@ -140,7 +140,7 @@ impl<H: Host> Image<H> {
         len: u64,
         host: HostOffset,
     ) -> Result<()> {
-        let mut bytes = self.host.aligned(len as usize)?;
+        let mut bytes = self.host.scratch(len as usize)?;
         self.read_bytes_locked(st, guest, &mut bytes)?;
         self.write_data(guest, host, &bytes)
     }

@@ -96,7 +96,7 @@ impl<H: Host> Image<H> {
             let here = (len - done).min(CHUNK - skip);
             let mut bytes = self
                 .host
-                .aligned(round_up(skip + here, SECTOR_BITS) as usize)?;
+                .scratch(round_up(skip + here, SECTOR_BITS) as usize)?;
             let place = HostOffset(host.0 + done - skip);
             file.read(place.0, &mut bytes)?;
             self.crypt(Crypt::Decrypt, GuestOffset(at.0 - skip), place, &mut bytes)?;
@@ -142,7 +142,7 @@ impl<H: Host> Image<H> {
         let mut done = 0;
         while done < total {
             let here = (total - done).min(CHUNK as usize);
-            let mut bytes = self.host.aligned(here)?;
+            let mut bytes = self.host.scratch(here)?;
             gather(parts, done, &mut bytes);
             let (at, place) = (guest.add(done as u64), host.add(done as u64));
             self.crypt(Crypt::Encrypt, at, place, &mut bytes)?;
