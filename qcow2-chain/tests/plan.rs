@@ -4,7 +4,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{empty_chain, expect, json, name, qemu, run, same_shape};
+use common::{calibration, empty_chain, expect, json, name, qemu, run, same_shape};
 use serde_json::Value;
 
 /// Builds a chain; the top and the file with the expected content.
@@ -179,4 +179,78 @@ fn long_and_broken_chains() {
     std::fs::remove_file(dir.path().join("7")).unwrap();
     let error = expect(1, &["plan", "--depth", "10", &top]);
     assert!(error.contains("is missing"), "{error}");
+}
+
+/// What the models say of a chain now.
+fn predicted(constants: &str, top: &str, figure: &str) -> f64 {
+    let report = json(0, &["predict", "--calibration", constants, top]);
+    let figures = report["drivers"][0]["figures"].as_array().unwrap();
+    let found = figures.iter().find(|found| found["figure"] == figure);
+    found.unwrap()["value"].as_f64().unwrap()
+}
+
+#[test]
+fn what_reads_and_memory_may_cost() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let (top, _) = chain(dir.path(), &["--layers", "16", "--zeroes", "0"]);
+    let plan = |code, goal: &[&str]| {
+        let words = ["plan", "--calibration", &constants, "--driver", "qcow2"];
+        json(code, &[&words[..], goal, &[&top]].concat())
+    };
+    let before = predicted(&constants, &top, "read_data");
+    let most = format!("{}", before * 0.7);
+    let found = plan(0, &["--latency", &most]);
+    same_shape(&found, "plan-goals.txt");
+    let costs = &found["predicted"];
+    let cost = |when: &str, what: &str| costs[when][what].as_f64().unwrap();
+    assert_eq!(cost("before", "read_microseconds"), before);
+    assert!(cost("after", "read_microseconds") <= before * 0.7);
+    let layers = found["after"]["layers"].as_u64().unwrap();
+    assert!((2..16).contains(&layers), "{layers}");
+    // No more is merged than that takes.
+    let longer = format!("{}", layers + 1);
+    let longer = plan(0, &["--latency", "1000", "--depth", &longer]);
+    let after = longer["predicted"]["after"]["read_microseconds"].as_f64();
+    assert!(after.unwrap() > before * 0.7);
+
+    // What is good already stays as it is; what cannot be is told.
+    let found = plan(0, &["--latency", "1000", "--memory", "1G"]);
+    assert_eq!(found["merges"].as_array().unwrap().len(), 0);
+    let found = plan(5, &["--latency", "1"]);
+    assert_eq!(found["goal_reached"], false);
+    assert_eq!(found["after"]["layers"], 2);
+    let text = expect(
+        0,
+        &["plan", "--calibration", &constants, "--memory", "1G", &top],
+    );
+    assert!(text.contains("4 KiB read of data"), "{text}");
+    let nowhere = name(&dir.path().join("none"));
+    let words = ["plan", "--calibration", &nowhere, "--memory", "1G", &top];
+    let error = expect(1, &words);
+    assert!(error.contains("qcow2-chain calibrate"), "{error}");
+}
+
+#[test]
+fn what_is_predicted_of_a_plan_is_predicted_of_its_result() {
+    let Some(img) = qemu("qemu-img") else { return };
+    for (goal, most, figure, cost) in [
+        ("--latency", "20", "read_data", "read_microseconds"),
+        ("--memory", "9M", "memory_warm", "memory_bytes"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let constants = calibration(dir.path());
+        let (top, raw) = chain(dir.path(), &["--layers", "16", "--zeroes", "0"]);
+        let words = ["plan", "--calibration", &constants, "--driver", "qcow2"];
+        let plan = json(0, &[&words[..], &[goal, most, &top]].concat());
+        assert!(!plan["merges"].as_array().unwrap().is_empty());
+        carry_out(&plan);
+        run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
+        let promised = plan["predicted"]["after"][cost].as_f64().unwrap();
+        let now = predicted(&constants, &top, figure);
+        assert!(
+            (now / promised - 1.0).abs() < 0.01,
+            "{goal}: {promised} {now}"
+        );
+    }
 }

@@ -3,62 +3,10 @@
 
 mod common;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{expect, json, name, qemu, same_shape};
-use serde_json::{Value, json};
-
-/// A calibration whose constants are easy to calculate with.
-fn calibration(dir: &Path) -> String {
-    let model = |figure: &str, terms: &[(&str, f64)]| {
-        let names: Vec<_> = terms.iter().map(|(name, _)| *name).collect();
-        let constants: Vec<_> = terms.iter().map(|(_, value)| *value).collect();
-        json!({
-            "figure": figure, "terms": names, "residuals": [],
-            "fit": {
-                "constants": constants, "relative_error": 0.1, "points": 9,
-                "inverse": vec![0.0; names.len() * names.len()],
-            },
-        })
-    };
-    let driver = |driver: &str, crashes: Value, models: Vec<Value>| {
-        json!({
-            "driver": driver, "qemu": "10.0.13", "aio": "threads", "measured_at": 0, "points": [],
-            "deepest_read": {"works": 20, "crashes": crashes}, "models": models,
-        })
-    };
-    let open = [
-        ("s: a chain", 1.0),
-        ("s/layer", 0.5),
-        ("s/pair of layers", 0.25),
-        ("s/MiB of L1 and refcount tables", 0.0),
-    ];
-    let read = [
-        ("us: a request", 10.0),
-        ("us/level", 1.0),
-        ("us/lookup in a table", 0.0),
-        ("us/visit of a node", 0.125),
-        ("us/visit among a thousand nodes", 0.0),
-    ];
-    let memory = [("B: the program", 8e6), ("B/layer", 1e5)];
-    let indexed = [("us: a request", 1.5), ("us: many files", 0.0)];
-    let value = json!({
-        "version": 1,
-        "machine": {"cpu": "none", "cpus": 1, "kernel": "0", "name": "elsewhere"},
-        "drivers": [
-            driver("qcow2", json!(25), vec![
-                model("open", &open), model("memory_warm", &memory), model("read_hole", &read),
-            ]),
-            driver("rqcow2", Value::Null, vec![
-                model("memory_warm", &memory), model("read_hole", &indexed),
-            ]),
-        ],
-    });
-    let path = dir.join("calibration.json");
-    std::fs::write(&path, value.to_string()).unwrap();
-    name(&path)
-}
+use common::{calibration, expect, json, name, qemu, same_shape, thousand_layers};
+use serde_json::Value;
 
 fn figure<'a>(report: &'a Value, driver: usize, figure: &str) -> &'a Value {
     let figures = report["drivers"][driver]["figures"].as_array().unwrap();
@@ -170,23 +118,9 @@ fn hostile_chains() {
 fn a_thousand_layers_of_a_large_disk() {
     let dir = tempfile::tempdir().unwrap();
     let constants = calibration(dir.path());
-    let chain = name(&dir.path().join("c"));
-    let built = json(
-        0,
-        &[
-            "build",
-            "--layers",
-            "1000",
-            "--disk",
-            "16G",
-            "--data-per-layer",
-            "256K",
-            &chain,
-        ],
-    );
-    let top = built["top"].as_str().unwrap();
+    let top = thousand_layers(dir.path());
     let begin = Instant::now();
-    let report = json(0, &["predict", "--calibration", &constants, top]);
+    let report = json(0, &["predict", "--calibration", &constants, &top]);
     assert_eq!(report["layers"], 1000);
     // The programs under test are built without optimization.
     assert!(begin.elapsed() < Duration::from_secs(10));

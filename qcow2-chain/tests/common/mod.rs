@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use rust_qcow2::format::extension::Extensions;
 use rust_qcow2::format::header::{Autoclear, Compatible, Header, Incompatible};
 use rust_qcow2::format::refcount::RefcountOrder;
-use serde_json::Value;
+use serde_json::{Value, json as value};
 
 /// Runs the tool.
 pub fn tool(args: &[&str]) -> Output {
@@ -220,4 +220,72 @@ impl Random {
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         (z ^ z >> 31) % limit
     }
+}
+
+/// A chain of 1000 layers of a disk of 16 GiB; the top.
+pub fn thousand_layers(dir: &Path) -> String {
+    let chain = name(&dir.join("c"));
+    let words = [
+        "build",
+        "--layers",
+        "1000",
+        "--disk",
+        "16G",
+        "--data-per-layer",
+        "256K",
+        &chain,
+    ];
+    json(0, &words)["top"].as_str().unwrap().to_owned()
+}
+
+/// A calibration whose constants are easy to calculate with.
+pub fn calibration(dir: &Path) -> String {
+    let model = |figure: &str, terms: &[(&str, f64)]| {
+        let names: Vec<_> = terms.iter().map(|(name, _)| *name).collect();
+        let constants: Vec<_> = terms.iter().map(|(_, value)| *value).collect();
+        value!({
+            "figure": figure, "terms": names, "residuals": [],
+            "fit": {
+                "constants": constants, "relative_error": 0.1, "points": 9,
+                "inverse": vec![0.0; names.len() * names.len()],
+            },
+        })
+    };
+    let driver = |driver: &str, crashes: Value, models: Vec<Value>| {
+        value!({
+            "driver": driver, "qemu": "10.0.13", "aio": "threads", "measured_at": 0, "points": [],
+            "deepest_read": {"works": 20, "crashes": crashes}, "models": models,
+        })
+    };
+    let open = [
+        ("s: a chain", 1.0),
+        ("s/layer", 0.5),
+        ("s/pair of layers", 0.25),
+        ("s/MiB of L1 and refcount tables", 0.0),
+    ];
+    let read = [
+        ("us: a request", 10.0),
+        ("us/level", 1.0),
+        ("us/lookup in a table", 0.0),
+        ("us/visit of a node", 0.125),
+        ("us/visit among a thousand nodes", 0.0),
+    ];
+    let memory = [("B: the program", 8e6), ("B/layer", 1e5)];
+    let indexed = [("us: a request", 1.5), ("us: many files", 0.0)];
+    let all = value!({
+        "version": 1,
+        "machine": {"cpu": "none", "cpus": 1, "kernel": "0", "name": "elsewhere"},
+        "drivers": [
+            driver("qcow2", value!(25), vec![
+                model("open", &open), model("memory_warm", &memory), model("read_hole", &read),
+                model("read_data", &read),
+            ]),
+            driver("rqcow2", Value::Null, vec![
+                model("memory_warm", &memory), model("read_hole", &indexed),
+            ]),
+        ],
+    });
+    let path = dir.join("calibration.json");
+    std::fs::write(&path, all.to_string()).unwrap();
+    name(&path)
 }
