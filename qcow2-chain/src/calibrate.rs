@@ -12,7 +12,6 @@ use crate::build;
 use crate::chain::{Chain, Policy};
 use crate::cli::{Aio, Build, Calibrate, Cli, Command, Driver, Output};
 use crate::measure::Temporary;
-use crate::measure::gauge::Gauge;
 use crate::measure::process::Crash;
 use crate::measure::qemu::Qemu;
 use crate::measure::run::{Found, Task};
@@ -116,7 +115,6 @@ pub fn run(args: &Calibrate) -> Result<()> {
     rustix::fs::sync();
     let qemu = Qemu::new(&args.programs, &points[0].top)?;
     let version = qemu.version()?;
-    let gauge = Gauge::start();
     let total = points.len() * args.rounds.max(1);
     let bar = Progress::new("measuring", total, args.quiet);
     for round in 0..args.rounds.max(1) {
@@ -134,7 +132,6 @@ pub fn run(args: &Calibrate) -> Result<()> {
                 raw: false,
                 targets: &point.targets,
                 temp: &temp.0,
-                gauge: &gauge,
                 queue_depths: &QUEUE_DEPTHS,
                 figures: &point.figures,
             };
@@ -144,7 +141,6 @@ pub fn run(args: &Calibrate) -> Result<()> {
         }
     }
     drop(bar);
-    drop(gauge);
     let mut calibrated = Calibrated {
         driver: qemu.driver,
         qemu: version,

@@ -283,10 +283,7 @@ impl Cipher {
 pub(crate) unsafe fn header_size(opts: *mut sys::QemuOpts) -> Result<u64> {
     // SAFETY: promised by the caller; the dictionaries are ours.
     unsafe {
-        let all = sys::qemu_opts_to_qdict(opts, ptr::null_mut());
-        let options = SubDict::take(all, c"encrypt.");
-        sys::rq_qdict_unref(all);
-        options.put(c"format", c"luks");
+        let options = luks_options(opts);
         let mut parsed = ptr::null_mut();
         caught(|errp| {
             parsed = sys::block_crypto_create_opts_init(options.as_ptr(), errp);
@@ -302,6 +299,22 @@ pub(crate) unsafe fn header_size(opts: *mut sys::QemuOpts) -> Result<u64> {
         sys::qapi_free_QCryptoBlockCreateOptions(parsed);
         result?;
         Ok(len as u64)
+    }
+}
+
+/// The options of a LUKS encryption among those of an image, as QEMU's crypto
+/// has them.
+///
+/// # Safety
+/// `opts` are options.
+pub(crate) unsafe fn luks_options(opts: *mut sys::QemuOpts) -> SubDict {
+    // SAFETY: promised by the caller; the dictionaries are ours.
+    unsafe {
+        let all = sys::qemu_opts_to_qdict(opts, ptr::null_mut());
+        let options = SubDict::take(all, c"encrypt.");
+        sys::rq_qdict_unref(all);
+        options.put(c"format", c"luks");
+        options
     }
 }
 

@@ -3,6 +3,7 @@
 import os
 import struct
 
+from .header import Header
 from .programs import Mismatch
 
 NAMES = ['a', 'bitmap0', 'b' * 100, 'with space', 'ü', 'a' * 1023]
@@ -51,9 +52,8 @@ def bitmap(chain, rng):
 def read(path):
     """The bitmaps in a file: {name: (granularity, flags, bits or None)}."""
     with open(path, 'rb') as file:
-        header = file.read(104)
-        cluster = 1 << struct.unpack_from('>I', header, 20)[0]
-        size, = struct.unpack_from('>Q', header, 24)
+        header = Header(file)
+        cluster, size = header.cluster, header.size
         found = {}
         for table, entries, flags, bits, name in entries_of(file, header, cluster):
             content = None
@@ -67,9 +67,9 @@ def read(path):
 
 def entries_of(file, header, cluster):
     """The entries of the directory: (table, entries, flags, granularity, name)."""
-    if header[7] < 3 or not header[95] & 1:
+    if not header.bitmaps:
         return []
-    directory = find_directory(file, cluster, *struct.unpack_from('>I', header, 100))
+    directory = find_directory(file, cluster, header.length)
     if directory is None:
         return []
     count, length, offset = directory
@@ -91,8 +91,8 @@ def entries_of(file, header, cluster):
 def spoil(path):
     """Makes the first bits of a bitmap wrong; returns whether there was one."""
     with open(path, 'r+b') as file:
-        header = file.read(104)
-        cluster = 1 << struct.unpack_from('>I', header, 20)[0]
+        header = Header(file)
+        cluster = header.cluster
         for table, _, flags, _, _ in entries_of(file, header, cluster):
             if flags & IN_USE:
                 continue

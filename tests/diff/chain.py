@@ -7,6 +7,7 @@ import struct
 import zlib
 
 from . import bitmaps, programs
+from .header import Header
 from .programs import Mismatch
 from .runs import Runs
 
@@ -594,20 +595,15 @@ class Tables:
 
     def __init__(self, file):
         self.file = file
-        file.seek(0)
-        header = file.read(104)
-        self.cluster = 1 << struct.unpack_from('>I', header, 20)[0]
-        self.l1_size, self.l1_offset = struct.unpack_from('>IQ', header, 36)
-        # The features of version 3 say how long an L2 entry is.
-        version, = struct.unpack_from('>I', header, 4)
-        extended = version >= 3 and struct.unpack_from('>Q', header, 72)[0] & 16
-        self.entry = 16 if extended else 8
+        self.header = Header(file)
+        self.cluster = self.header.cluster
+        self.entry = 16 if self.header.extended_l2 else 8
         file.seek(0)
 
     def entries(self):
         """Yields (offset in the file, entry) of all L2 entries."""
-        self.file.seek(self.l1_offset)
-        l1 = struct.unpack(f'>{self.l1_size}Q', self.file.read(8 * self.l1_size))
+        self.file.seek(self.header.l1_table)
+        l1 = struct.unpack(f'>{self.header.l1_size}Q', self.file.read(8 * self.header.l1_size))
         for table in l1:
             table &= 0x00fffffffffffe00
             if table:

@@ -10,6 +10,7 @@ import shutil
 from . import bitmaps
 from .bitmaps import bitmap
 from .chain import KIB, MIB, Chain, Layer, check_run
+from .header import Header
 from .programs import SECRET, Mismatch
 
 # QEMU's driver cannot preallocate if it finds the room within the file.
@@ -372,9 +373,7 @@ def mend(chain):
 
 def refcounts_are_small(chain):
     """Whether the top's refcounts have less than 4 bits."""
-    with open(os.path.join(chain.directories[0], chain.top.name), 'rb') as file:
-        header = file.read(104)
-    return header[7] >= 3 and header[99] < 2
+    return Header.of(os.path.join(chain.directories[0], chain.top.name)).refcount_order < 2
 
 
 def amend(chain, rng):
@@ -384,9 +383,7 @@ def amend(chain, rng):
         return
     chain.close()
     chain.deal(rng)
-    with open(os.path.join(chain.directories[0], top.name), 'rb') as file:
-        header = file.read(104)
-    bits = 1 << header[99] if top.version == 3 else 16
+    bits = 1 << Header.of(os.path.join(chain.directories[0], top.name)).refcount_order
     lowering = top.version == 3 and not top.kept and not chain.large \
         and not bitmaps.read(os.path.join(chain.directories[0], top.name))
     words = []
@@ -405,10 +402,9 @@ def amend(chain, rng):
     done = chain.both('qemu-img', ['amend', '-o', ','.join(words), *chain.image(top)], status=None)
     # Some of it may be done although the rest is refused; tables are where there is room.
     chain.alike = False
-    with open(os.path.join(chain.directories[0], top.name), 'rb') as file:
-        header = file.read(104)
-    top.version = header[7]
-    top.lazy = top.version == 3 and header[87] & 1 == 1
+    header = Header.of(os.path.join(chain.directories[0], top.name))
+    top.version = header.version
+    top.lazy = header.lazy_refcounts
     if done is not None and 'compat=0.10' in words and top.version != 2:
         raise Mismatch(f'{top.name} is still of version {top.version}')
     for side in (0, 1):
@@ -565,13 +561,13 @@ def crash(chain, rng):
         image = chain.image(top)
         # A lazy image is marked dirty, and its refcounts are allowed to be wrong.
         status, text = chain.run(oracle, side, 'qemu-img', ['check', '-U', *image], (0, 2, 3))
-        if status == 2 and not is_dirty(os.path.join(chain.directories[side], top.name)):
+        if status == 2 and not Header.of(os.path.join(chain.directories[side], top.name)).dirty:
             raise Mismatch(f'{top.name} of side {"ab"[side]} is corrupt after a crash:\n{text}')
         if rng.random() < 0.5:
             chain.run(repair, side, 'qemu-io', ['-c', 'read 0 512', *SECRET, '--image-opts',
                                                 lambda d: chain.node(d, top)])
         chain.run(repair, side, 'qemu-img', ['check', '-q', '-r', rng.choice(['leaks', 'all'])
-                                             if not is_dirty(os.path.join(chain.directories[side], top.name))
+                                             if not Header.of(os.path.join(chain.directories[side], top.name)).dirty
                                              else 'all', *image])
         chain.check_layer(side, top)
         crashed_contents(chain, rng.choice([driver, oracle]), side, flushed, later)
@@ -583,13 +579,6 @@ def crash(chain, rng):
         value = rng.choice(DATA)
         chain.must(f'write -q -P {value} {start} {end - start}')
         top.content.fill(start, end, value)
-
-
-def is_dirty(path):
-    """Whether the dirty bit is set."""
-    with open(path, 'rb') as file:
-        header = file.read(80)
-    return header[7] >= 3 and header[79] & 1 == 1
 
 
 def crashed_contents(chain, driver, side, flushed, later):
@@ -670,13 +659,11 @@ def wound(path, rng):
     from .chain import Tables
     with open(path, 'r+b') as file:
         tables = Tables(file)
-        file.seek(0)
-        header = file.read(104)
-        refcount_table, = struct.unpack_from('>Q', header, 48)
-        order = struct.unpack_from('>I', header, 96)[0] if header[7] >= 3 else 4
+        header = tables.header
+        order = header.refcount_order
         draw = rng.random()
         if draw < 0.5:
-            file.seek(refcount_table)
+            file.seek(header.refcount_table)
             block, = struct.unpack('>Q', file.read(8))
             if block:
                 width = max(1, (1 << order) // 8)

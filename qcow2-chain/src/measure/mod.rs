@@ -1,7 +1,7 @@
 //! `measure`: what a chain costs with a real QEMU.
 
 mod daemon;
-pub mod gauge;
+pub mod pin;
 pub mod process;
 pub mod qemu;
 pub mod run;
@@ -21,7 +21,6 @@ use crate::model::figure::Figure;
 use crate::model::shape::Shape;
 use crate::predict;
 use crate::text::{self, Progress, bytes, printable};
-use gauge::Gauge;
 use qemu::Qemu;
 use run::{Found, Task};
 use sample::Sample;
@@ -73,7 +72,6 @@ pub fn run(args: &Measure) -> Result<()> {
         .into_iter()
         .filter(|figure| args.what.is_empty() || args.what.contains(&figure.what()))
         .collect();
-    let gauge = Gauge::start();
     let task = Task {
         qemu: &qemu,
         top: &args.image,
@@ -81,7 +79,6 @@ pub fn run(args: &Measure) -> Result<()> {
         raw: matches!(chain.layers[0].kind, Kind::Raw),
         targets: &targets,
         temp: &temp.0,
-        gauge: &gauge,
         queue_depths: &args.prediction.queue_depth,
         figures: &figures,
     };

@@ -10,9 +10,9 @@ use rust_qcow2::format::refcount::RefcountOrder;
 use serde_json::json;
 
 use super::daemon::Daemon;
-use super::gauge::Gauge;
+use super::pin::Pin;
 use super::process::{Crash, Program};
-use super::qemu::{Qemu, Session};
+use super::qemu::Qemu;
 use super::sample::Sample;
 use super::targets::Targets;
 use crate::build::writer::{Format, write};
@@ -20,15 +20,20 @@ use crate::model::figure::{Figure, Key};
 
 /// How long a job may take.
 const PATIENCE: Duration = Duration::from_secs(1800);
-/// Seconds that requests in a row are measured for.
-const BENCH_SECONDS: f64 = 0.3;
+/// Seconds that requests in a row are measured for: short enough that there
+/// are runs in which nobody else wanted the CPU.
+const BENCH_SECONDS: f64 = 0.1;
 /// Requests that load tables at most.
 const MAX_LOADING: u64 = 20_000;
+/// What is measured again and again is known when the two least values are as
+/// near to each other as this.
+const AGREE: f64 = 1.03;
+/// How often that is at the least and at the most, and the seconds after which
+/// it has to do.
+const REPEATS: std::ops::RangeInclusive<usize> = 4..=40;
+const REPEAT_SECONDS: f64 = 4.0;
 /// How often each place is read.
-const REPEATS: usize = 4;
-/// Chains that are opened faster are opened several times.
-const FAST: f64 = 0.05;
-const OPENS: usize = 4;
+const READS: usize = 16;
 /// Between reads of the same places.
 const BETWEEN: Duration = Duration::from_millis(20);
 
@@ -45,7 +50,6 @@ pub struct Task<'a> {
     pub targets: &'a Targets,
     /// Where copies go.
     pub temp: &'a Path,
-    pub gauge: &'a Gauge,
     pub queue_depths: &'a [u32],
     /// What is wanted.
     pub figures: &'a [Figure],
@@ -95,7 +99,7 @@ impl Task<'_> {
             Figure::ReadData,
             Figure::ReadHole,
         ];
-        self.gauge.on_one_cpu();
+        let pin = Pin::new();
         if SESSION.iter().any(|figure| self.wants(*figure)) {
             let mut first = Vec::new();
             let result = self.session(
@@ -121,7 +125,7 @@ impl Task<'_> {
             }
         }
         // Jobs have several threads.
-        self.gauge.on_all_cpus();
+        drop(pin);
         for (figure, job) in [
             (Figure::Stream, Self::stream as fn(&Self) -> Result<f64>),
             (Figure::Merge, Self::merge),
@@ -139,19 +143,13 @@ impl Task<'_> {
 
     /// Open, memory, and single reads.
     fn session(&self, only_open: bool, put: &mut dyn FnMut(Figure, f64)) -> Result<()> {
-        let open = || -> Result<(Session, f64)> {
-            let session = self.qemu.open(self.top)?;
-            let (from, upto) = session.opened;
-            let seconds = (upto - from).as_secs_f64();
-            Ok((session, seconds / self.gauge.slowdown(from, upto)))
-        };
-        let (mut session, seconds) = open()?;
-        put(Figure::Open, seconds);
-        if seconds < FAST && self.wants(Figure::Open) {
-            for _ in 1..OPENS {
-                let seconds;
-                (session, seconds) = open()?;
-                put(Figure::Open, seconds);
+        let mut session = self.qemu.open(self.top)?;
+        put(Figure::Open, session.opened);
+        if self.wants(Figure::Open) {
+            let mut opens = Repeat::default();
+            while opens.wants_more(session.opened) {
+                session = self.qemu.open(self.top)?;
+                put(Figure::Open, session.opened);
             }
         }
         put(Figure::MemoryOpen, session.resident()? as f64);
@@ -174,22 +172,19 @@ impl Task<'_> {
             if !self.wants(figure) || places.is_empty() {
                 continue;
             }
-            // Of each place the lower median, so that what else goes on does not
-            // count; of the places the mean, as they differ in depth.
-            let mut times = vec![Vec::with_capacity(REPEATS); places.len()];
-            for _ in 0..REPEATS {
-                for (place, times) in places.iter().zip(&mut times) {
-                    let from = Instant::now();
-                    let seconds = session.read(*place)?;
-                    times.push(seconds / self.gauge.slowdown(from, Instant::now()));
+            // Of each place the least, so that what else goes on does not count;
+            // of the places the mean, as they differ in depth.
+            let mut least = vec![f64::INFINITY; places.len()];
+            for _ in 0..READS {
+                for (place, least) in places.iter().zip(&mut least) {
+                    *least = least.min(session.read(*place)?);
                 }
                 std::thread::sleep(BETWEEN);
             }
-            let times = times.iter_mut().map(|times| {
-                times.sort_unstable_by(f64::total_cmp);
-                times[(times.len() - 1) / 2]
-            });
-            put(figure, times.sum::<f64>() / places.len() as f64 * 1e6);
+            put(
+                figure,
+                least.iter().sum::<f64>() / places.len() as f64 * 1e6,
+            );
         }
         Ok(())
     }
@@ -218,33 +213,38 @@ impl Task<'_> {
 
     fn two_runs(&self, queue_depth: u32, before: Option<&Runs>) -> Result<Runs> {
         let warm = (self.targets.tables.saturating_mul(3)).clamp(50, MAX_LOADING);
-        let first = self.bench(queue_depth, warm)?;
-        let guess = (BENCH_SECONDS / first.max(1e-3) * warm as f64) as u64;
+        let bench = |count| self.qemu.bench(self.top, queue_depth, count);
+        let mut runs = Runs::default();
+        let (mut firsts, mut seconds) = (Repeat::default(), Repeat::default());
+        // Opening counts as well for how long it may take.
+        let mut begin = Instant::now();
+        while firsts.wants_more_since(begin, runs.first.last()) {
+            begin = Instant::now();
+            runs.first.push(bench(warm)?);
+        }
+        let first = firsts.least();
         // Two processes never cost quite the same, so that the first should be short.
-        let mut more = guess.clamp(2 * warm, 100_000.max(2 * warm));
+        let guess = (BENCH_SECONDS / first.max(1e-3) * warm as f64) as u64;
+        runs.more = guess.clamp(2 * warm, 100_000.max(2 * warm));
         if let Some(before) = before {
-            more = before.more;
-        }
-        // Loading tables is slower than what follows.
-        loop {
-            let second = self.bench(queue_depth, warm + more)?;
-            let spent = second - first;
-            if spent >= BENCH_SECONDS / 2.0 || more >= 400_000 || before.is_some() {
-                return Ok(Runs {
-                    more,
-                    first: vec![first],
-                    second: vec![second],
-                });
+            runs.more = before.more;
+        } else {
+            // Loading tables is slower than what follows.
+            loop {
+                let spent = bench(warm + runs.more)? - first;
+                if spent >= BENCH_SECONDS / 2.0 || runs.more >= 400_000 {
+                    break;
+                }
+                let scale = BENCH_SECONDS / spent.max(BENCH_SECONDS / 20.0) * 1.2;
+                runs.more = (runs.more as f64 * scale) as u64;
             }
-            let scale = BENCH_SECONDS / spent.max(BENCH_SECONDS / 20.0) * 1.2;
-            more = (more as f64 * scale) as u64;
         }
-    }
-
-    fn bench(&self, queue_depth: u32, count: u64) -> Result<f64> {
-        let from = Instant::now();
-        let seconds = self.qemu.bench(self.top, queue_depth, count)?;
-        Ok(seconds / self.gauge.slowdown(from, Instant::now()))
+        let mut begin = Instant::now();
+        while seconds.wants_more_since(begin, runs.second.last()) {
+            begin = Instant::now();
+            runs.second.push(bench(warm + runs.more)?);
+        }
+        Ok(runs)
     }
 
     /// Seconds of a `block-stream` of everything into a new overlay of ours.
@@ -297,6 +297,54 @@ impl Task<'_> {
         let begin = Instant::now();
         Program::start(&self.qemu.program("qemu-img"), &args, PATIENCE)?.finish()?;
         Ok(begin.elapsed().as_secs_f64())
+    }
+}
+
+/// Whether something was measured often enough.
+#[derive(Debug, Default)]
+struct Repeat {
+    count: usize,
+    least: Option<f64>,
+    /// The one after that.
+    second: Option<f64>,
+    /// All of them.
+    spent: f64,
+}
+
+impl Repeat {
+    /// Counts a value, which took as long as it says.
+    fn wants_more(&mut self, value: f64) -> bool {
+        self.spent += value;
+        self.add(value)
+    }
+
+    /// The same of what took longer; nothing to count at first.
+    fn wants_more_since(&mut self, begin: Instant, value: Option<&f64>) -> bool {
+        let Some(value) = value else { return true };
+        self.spent += begin.elapsed().as_secs_f64();
+        self.add(*value)
+    }
+
+    fn add(&mut self, value: f64) -> bool {
+        self.count += 1;
+        match self.least {
+            Some(least) if least <= value => {
+                self.second = Some(self.second.map_or(value, |second| second.min(value)));
+            }
+            _ => self.second = self.least.replace(value),
+        }
+        let agree = match (self.least, self.second) {
+            (Some(least), Some(second)) => second <= least * AGREE,
+            _ => false,
+        };
+        if self.count < *REPEATS.start() {
+            return self.count < 2 || self.spent < REPEAT_SECONDS;
+        }
+        !agree && self.count < *REPEATS.end() && self.spent < REPEAT_SECONDS
+    }
+
+    fn least(&self) -> f64 {
+        self.least.unwrap_or_default()
     }
 }
 

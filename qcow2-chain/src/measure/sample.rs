@@ -14,13 +14,12 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// What the models are about. Of jobs it is the least, as whatever else
-    /// goes on only makes them take longer; of other times that is accounted for
-    /// already (see `gauge`).
+    /// What the models are about. Of times it is the least, as whatever else
+    /// goes on only makes things take longer.
     pub fn value(&self, figure: Figure) -> f64 {
         match figure {
-            Figure::Stream | Figure::Merge => self.least,
-            _ => self.median,
+            Figure::MemoryOpen | Figure::MemoryWarm => self.median,
+            _ => self.least,
         }
     }
 

@@ -15,7 +15,6 @@ use crate::calibrate::build_args;
 use crate::chain::{Chain, Policy};
 use crate::cli::{Driver, Output, Validate};
 use crate::measure::Temporary;
-use crate::measure::gauge::Gauge;
 use crate::measure::qemu::Qemu;
 use crate::measure::run::{Found, Task};
 use crate::measure::sample::Sample;
@@ -75,7 +74,6 @@ pub fn run(args: &Validate) -> Result<u8> {
         .map(|number| args.seed + number)
         .collect();
     let bar = Progress::new("measuring", seeds.len(), args.quiet);
-    let gauge = Gauge::start();
     let mut left = 0;
     for (number, seed) in seeds.iter().enumerate() {
         if of_driver.contains_key(seed) {
@@ -88,7 +86,7 @@ pub fn run(args: &Validate) -> Result<u8> {
         }
         of_driver.insert(
             *seed,
-            measure(args, &gauge, *seed).with_context(|| format!("seed {seed}"))?,
+            measure(args, *seed).with_context(|| format!("seed {seed}"))?,
         );
         bar.at(number + 1);
     }
@@ -109,7 +107,7 @@ pub fn run(args: &Validate) -> Result<u8> {
     Ok(if report.within_limits { 0 } else { TOO_FAR })
 }
 
-fn measure(args: &Validate, gauge: &Gauge, seed: u64) -> Result<Measured> {
+fn measure(args: &Validate, seed: u64) -> Result<Measured> {
     let recipe = Recipe::draw(seed);
     let temp = Temporary::new(args.programs.temp.as_deref())?;
     let dir = temp.0.join("chain");
@@ -138,7 +136,6 @@ fn measure(args: &Validate, gauge: &Gauge, seed: u64) -> Result<Measured> {
         raw: false,
         targets: &targets,
         temp: &temp.0,
-        gauge,
         queue_depths: &args.prediction.queue_depth,
         figures: &figures,
     };

@@ -12,10 +12,11 @@ use rust_qcow2::{Error, Result};
 
 use super::open::publish;
 use crate::coroutine;
+use crate::crypto;
 use crate::error::{self, ErrorPtr, caught};
 use crate::host::Qemu;
 use crate::node::{Access, Node};
-use crate::options::{SubDict, text};
+use crate::options::text;
 use crate::panic::contain;
 use crate::sys;
 
@@ -326,10 +327,7 @@ unsafe fn amend_keys(
 ) -> Result<()> {
     // SAFETY: promised by the caller; dictionaries and options are ours.
     unsafe {
-        let all = sys::qemu_opts_to_qdict(opts, ptr::null_mut());
-        let options = SubDict::take(all, c"encrypt.");
-        sys::rq_qdict_unref(all);
-        options.put(c"format", c"luks");
+        let options = crypto::luks_options(opts);
         let mut parsed = ptr::null_mut();
         caught(|errp| {
             parsed = sys::block_crypto_amend_opts_init(options.as_ptr(), errp);

@@ -46,12 +46,12 @@ impl<H: Host> Image<H> {
     /// # Errors
     /// Those of the file, `EIO` for damaged tables.
     pub fn block_status(&self, guest: GuestOffset, len: u64) -> Result<BlockStatus> {
-        let len = if len > self.geometry.cluster_size() {
-            self.worth_asking(guest, len)?
-        } else {
-            len
+        let cluster = self.geometry.cluster_size() - guest.within(self.geometry.cluster_bits);
+        let (first, mut len_known) = self.part_at(guest, len.min(cluster))?;
+        let len = match first.mapping {
+            Mapping::Unallocated => self.worth_asking(guest, len),
+            _ => len,
         };
-        let (first, mut len_known) = self.part_at(guest, len)?;
         let kind = match first.mapping {
             Mapping::Unallocated => StatusKind::Unallocated {
                 host: first.reserved,
@@ -79,18 +79,18 @@ impl<H: Host> Image<H> {
         })
     }
 
-    /// How many of `len` bytes are to be looked at. Where this image has nothing
-    /// the next question is what the layers below have: with data in many of
-    /// them the answer is short, and to find the end of what is not here each
-    /// time would take the square of the number of clusters. Whole clusters of
-    /// this image, whatever theirs are: copy-on-read depends on that.
-    fn worth_asking(&self, guest: GuestOffset, len: u64) -> Result<u64> {
+    /// How many of `len` bytes are to be looked at where this image has nothing
+    /// at `guest`. The next question is what the layers below have: with data in
+    /// many of them the answer is short, and to find the end of what is not here
+    /// each time would take the square of the number of clusters. Whole clusters
+    /// of this image, whatever theirs are: copy-on-read depends on that.
+    fn worth_asking(&self, guest: GuestOffset, len: u64) -> u64 {
         match self.known_below(guest, len) {
-            Some(known) if self.part_at(guest, 1)?.0.mapping == Mapping::Unallocated => {
+            Some(known) => {
                 let end = round_up(guest.0 + known, self.geometry.cluster_bits);
-                Ok(len.min(end - guest.0))
+                len.min(end - guest.0)
             }
-            _ => Ok(len),
+            None => len,
         }
     }
 
