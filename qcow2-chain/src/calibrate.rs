@@ -110,7 +110,8 @@ pub fn run(args: &Calibrate) -> Result<()> {
         None => Calibration::default_path()?,
     };
     let temp = Temporary::new(args.programs.temp.as_deref())?;
-    let mut points = points(&temp.0, args.programs.driver)?;
+    let most = usize::try_from(args.max_layers)?;
+    let mut points = points(&temp.0, args.programs.driver, most)?;
     // Or the files would be written while others are measured.
     rustix::fs::sync();
     let qemu = Qemu::new(&args.programs, &points[0].top)?;
@@ -146,7 +147,7 @@ pub fn run(args: &Calibrate) -> Result<()> {
         qemu: version,
         aio: qemu.aio,
         measured_at: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
-        deepest_read: Some(deepest(&qemu, &temp.0)?),
+        deepest_read: Some(deepest(&qemu, &temp.0, most.min(DEEPEST_CHAIN))?),
         models: Vec::new(),
         points: points
             .into_iter()
@@ -172,13 +173,13 @@ pub fn run(args: &Calibrate) -> Result<()> {
     }
 }
 
-/// Builds the chains.
-fn points(temp: &Path, driver: Driver) -> Result<Vec<Point>> {
+/// Builds the chains; of each, layers are tops down to `most` deep.
+fn points(temp: &Path, driver: Driver, most: usize) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     for (name, depths, options) in CHAINS {
         let dir = temp.join(name.replace(' ', "-"));
         build::make(&build_args(&dir, options)?)?;
-        for depth in depths {
+        for depth in depths.iter().filter(|depth| **depth <= most) {
             let top = dir.join(format!("l{}.qcow2", depth - 1));
             let chain = Chain::open(
                 &top,
@@ -218,10 +219,10 @@ pub fn build_args(dir: &Path, options: &[&str]) -> Result<Build> {
 }
 
 /// Looks for the depth from which on a read that goes through all layers ends
-/// the process.
-fn deepest(qemu: &Qemu, temp: &Path) -> Result<DeepestRead> {
+/// the process, up to `most`.
+fn deepest(qemu: &Qemu, temp: &Path, most: usize) -> Result<DeepestRead> {
     let dir = temp.join("deep");
-    let layers = format!("--layers={DEEPEST_CHAIN}");
+    let layers = format!("--layers={most}");
     build::make(&build_args(
         &dir,
         &[&layers, "--disk=64M", "--data-per-layer=0"],
@@ -234,15 +235,15 @@ fn deepest(qemu: &Qemu, temp: &Path) -> Result<DeepestRead> {
             Err(error) => Err(error),
         }
     };
-    if works(DEEPEST_CHAIN)? {
+    if works(most)? {
         return Ok(DeepestRead {
-            works: DEEPEST_CHAIN,
+            works: most,
             crashes: None,
         });
     }
-    let (mut good, mut bad) = (0, DEEPEST_CHAIN);
+    let (mut good, mut bad) = (0, most);
     // It mostly is near 870.
-    let mut next = 870;
+    let mut next = if most > 870 { 870 } else { most / 2 };
     while bad - good > DEEPEST_STEP {
         if works(next)? {
             good = next;
@@ -250,7 +251,7 @@ fn deepest(qemu: &Qemu, temp: &Path) -> Result<DeepestRead> {
             bad = next;
         }
         next = match (good, bad) {
-            (870, DEEPEST_CHAIN) => 880,
+            (870, 1000) => 880,
             (_, 870) if good == 0 => 800,
             _ => good.midpoint(bad),
         };

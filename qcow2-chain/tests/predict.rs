@@ -168,6 +168,71 @@ fn a_real_qemu() {
     assert!(text.contains("open") && !text.contains("stream"), "{text}");
 }
 
+/// `calibrate` writes what `predict` reads and `validate` compares.
+#[test]
+fn calibrated_here() {
+    let Some(io) = qemu("qemu-io") else { return };
+    let programs = name(io.parent().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let constants = name(&dir.path().join("calibration.json"));
+    let common = ["--qemu", &programs, "--rounds", "1", "--quiet"];
+    let words = [
+        "calibrate",
+        "--max-layers",
+        "12",
+        "--calibration",
+        &constants,
+    ];
+    let report = json(0, &[&words[..], &common].concat());
+    same_shape(&report, "calibrate.txt");
+    assert_eq!(report["deepest_read"]["works"], 12);
+    // Between a bare program and one with a few layers open.
+    let top = common::empty_chain(dir.path(), 4);
+    let report = json(0, &["predict", "--calibration", &constants, &top]);
+    assert_eq!(report["warnings"].as_array().unwrap().len(), 0);
+    let memory = figure(&report, 0, "memory_open")["value"].as_f64().unwrap();
+    assert!(4e6 < memory && memory < 5e7, "{memory}");
+
+    // A chain of three layers; predictions may well be too far off.
+    let results = name(&dir.path().join("results.json"));
+    let table = name(&dir.path().join("table.md"));
+    let words = [
+        "validate",
+        "--calibration",
+        &constants,
+        "--chains",
+        "1",
+        "--seed",
+        "8",
+    ];
+    let files = [
+        "--results",
+        &results,
+        "--markdown",
+        &table,
+        "--output",
+        "json",
+    ];
+    let words = [&words[..], &common, &files].concat();
+    let run = || {
+        let output = common::tool(&words);
+        assert!(matches!(output.status.code(), Some(0 | 4)), "{output:?}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let report = run();
+    same_shape(&report, "validate.txt");
+    assert_eq!(report["chains"][0]["layers"], 3);
+    assert!(
+        std::fs::read_to_string(&table)
+            .unwrap()
+            .contains("| open |")
+    );
+    // What was measured is not measured again.
+    let begin = Instant::now();
+    assert_eq!(run(), report);
+    assert!(begin.elapsed() < Duration::from_secs(2));
+}
+
 #[test]
 fn a_crash_is_a_result() {
     let Some(io) = qemu("qemu-io") else { return };

@@ -101,6 +101,11 @@ pub struct Calibrate {
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub rounds: usize,
 
+    /// Measure no longer chains: faster, but what is longer is then predicted
+    /// beyond what was seen
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(8..))]
+    pub max_layers: u64,
+
     /// How the result is printed
     #[arg(long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
