@@ -5,9 +5,12 @@ A case is a function with the name and the docstring that
 compared is open at the same time and takes turns.
 """
 
+import os
+import tempfile
 from contextlib import ExitStack
 
-from chains import GIB
+from chains import GIB, Chains
+from compared import ROOT
 from sides import Crash, Probe, Row, node, turns
 
 
@@ -63,6 +66,27 @@ def read_depth(bench):
             if aio == bench.aio:
                 _, cpu = bench.reads(probes, {chain: chain.holes for chain in probes})
                 yield Row(f'hole, CPU time: {name}', 'us', cpu[deep], cpu[one], most=1.1)
+
+
+def read_direct(bench):
+    """The reads of data once more past the page cache, from a disk."""
+    # Not in memory, where there is nothing to go past.
+    with tempfile.TemporaryDirectory(prefix='bench.', dir=os.path.join(ROOT, 'build')) as directory:
+        chains = Chains(directory, bench.quick, bench.say)
+        one, deep = chains.spread(1), chains.spread(1000)
+        # What waits to be written would be in the way of reads.
+        os.sync()
+        for aio in dict.fromkeys((bench.aio, 'threads')):
+            with ExitStack() as stack:
+                probes = {chain: stack.enter_context(bench.ours.probe(chain.top, aio=aio, direct=True))
+                          for chain in (one, deep)}
+                for chain, probe in probes.items():
+                    probe.warm(chain.warm)
+                clock, cpu = bench.reads(probes, {chain: chain.data for chain in probes})
+            name = f'4 KiB random read, direct I/O, aio={aio}'
+            yield Row(f'{name}: depth 1000 against depth 1', 'us', clock[deep], clock[one],
+                      speed=True, least=0.95)
+            yield Row(f'{name}, CPU time: depth 1000 against depth 1', 'us', cpu[deep], cpu[one])
 
 
 def read_raw(bench):
@@ -188,4 +212,4 @@ def memory(bench):
               samples[bench.inserted], samples[bench.stock])
 
 
-CASES = [read_depth, read_raw, read_stock, crash, threads, cold, memory]
+CASES = [read_depth, read_direct, read_raw, read_stock, crash, threads, cold, memory]

@@ -14,6 +14,7 @@
  *   open OPTIONS        a -blockdev description in JSON, opened for writing
  *                       as a guest's disk is
  *   aio MODE            how files are read, for "open": threads or io_uring
+ *   direct              files are read past the page cache, for "open"
  *   offsets FILE        where requests go: 64-bit numbers, host byte order
  *   pass QD             4 KiB reads, each offset once
  *   read MS QD THREADS  4 KiB reads for so many milliseconds, going on in the
@@ -334,6 +335,8 @@ static int command(char *line)
             error_report("not a way to read files: %s", words[1]);
             exit(1);
         }
+    } else if (g_str_equal(words[0], "direct")) {
+        flags |= BDRV_O_NOCACHE;
     } else if (g_str_equal(words[0], "offsets")) {
         load_offsets(rest);
     } else if (g_str_equal(words[0], "pass") && n == 2) {

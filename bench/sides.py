@@ -32,8 +32,8 @@ class Side:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               **options).stdout
 
-    def probe(self, image, patience=None, aio='threads'):
-        return Probe(self, node(self.driver, image), patience, aio)
+    def probe(self, image, patience=None, aio='threads', direct=False):
+        return Probe(self, node(self.driver, image), patience, aio, direct=direct)
 
     def raw(self, image):
         return Probe(self, node('raw', image))
@@ -71,7 +71,7 @@ class Probe:
     """bench/probe.c, with an image open. The commands are explained there.
     `under` is a program that runs it, with its options."""
 
-    def __init__(self, side, options=None, patience=None, aio='threads', under=()):
+    def __init__(self, side, options=None, patience=None, aio='threads', under=(), direct=False):
         self.patience = patience
         self.process = subprocess.Popen(  # pylint: disable=consider-using-with
             [*under, side.program('probe')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -80,6 +80,8 @@ class Probe:
         self.opened = None
         # Not an option of a node: backing files get this one too.
         self.ask(f'aio {aio}')
+        if direct:
+            self.ask('direct')
         if options:
             try:
                 self.opened = self.ask('open ' + json.dumps(options))['seconds']
