@@ -23,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 /// Seconds that requests in a row are measured for: short enough that there
 /// are runs in which nobody else wanted the CPU.
 const BENCH_SECONDS: f64 = 0.1;
+/// How often, in each round.
+const BENCHES: usize = 8;
 /// Requests that load tables at most.
 const MAX_LOADING: u64 = 20_000;
 /// What is measured again and again is known when the two least values are as
@@ -30,12 +32,12 @@ const MAX_LOADING: u64 = 20_000;
 const AGREE: f64 = 1.03;
 /// How often that is at the least and at the most, and the seconds after which
 /// it has to do.
-const REPEATS: std::ops::RangeInclusive<usize> = 4..=40;
+const REPEATS: std::ops::RangeInclusive<usize> = 6..=40;
 const REPEAT_SECONDS: f64 = 4.0;
 /// How often each place is read.
 const READS: usize = 16;
-/// Between reads of the same places.
-const BETWEEN: Duration = Duration::from_millis(20);
+/// Between one time and the next: somebody else's turn may end meanwhile.
+const BETWEEN: Duration = Duration::from_millis(60);
 
 /// What is measured, and how.
 #[derive(Clone)]
@@ -82,6 +84,7 @@ impl Runs {
         let each = |a: f64, b: f64| (b - a).max(1e-6) / self.more.max(1) as f64 * 1e6;
         Some(Sample {
             median: each(first.median, second.median),
+            low: each(first.low, second.low),
             least: each(first.least, second.least),
             most: each(first.least, second.most),
             count: second.count,
@@ -148,6 +151,7 @@ impl Task<'_> {
         if self.wants(Figure::Open) {
             let mut opens = Repeat::default();
             while opens.wants_more(session.opened) {
+                std::thread::sleep(BETWEEN);
                 session = self.qemu.open(self.top)?;
                 put(Figure::Open, session.opened);
             }
@@ -215,14 +219,7 @@ impl Task<'_> {
         let warm = (self.targets.tables.saturating_mul(3)).clamp(50, MAX_LOADING);
         let bench = |count| self.qemu.bench(self.top, queue_depth, count);
         let mut runs = Runs::default();
-        let (mut firsts, mut seconds) = (Repeat::default(), Repeat::default());
-        // Opening counts as well for how long it may take.
-        let mut begin = Instant::now();
-        while firsts.wants_more_since(begin, runs.first.last()) {
-            begin = Instant::now();
-            runs.first.push(bench(warm)?);
-        }
-        let first = firsts.least();
+        let first = bench(warm)?;
         // Two processes never cost quite the same, so that the first should be short.
         let guess = (BENCH_SECONDS / first.max(1e-3) * warm as f64) as u64;
         runs.more = guess.clamp(2 * warm, 100_000.max(2 * warm));
@@ -231,7 +228,9 @@ impl Task<'_> {
         } else {
             // Loading tables is slower than what follows.
             loop {
-                let spent = bench(warm + runs.more)? - first;
+                // Twice, or something else that goes on would make it look long.
+                let all = warm + runs.more;
+                let spent = bench(all)?.min(bench(all)?) - first;
                 if spent >= BENCH_SECONDS / 2.0 || runs.more >= 400_000 {
                     break;
                 }
@@ -239,9 +238,13 @@ impl Task<'_> {
                 runs.more = (runs.more as f64 * scale) as u64;
             }
         }
-        let mut begin = Instant::now();
-        while seconds.wants_more_since(begin, runs.second.last()) {
-            begin = Instant::now();
+        let begin = Instant::now();
+        for done in 0..BENCHES {
+            if done > 0 && begin.elapsed().as_secs_f64() > REPEAT_SECONDS {
+                break;
+            }
+            std::thread::sleep(BETWEEN);
+            runs.first.push(bench(warm)?);
             runs.second.push(bench(warm + runs.more)?);
         }
         Ok(runs)
@@ -315,17 +318,6 @@ impl Repeat {
     /// Counts a value, which took as long as it says.
     fn wants_more(&mut self, value: f64) -> bool {
         self.spent += value;
-        self.add(value)
-    }
-
-    /// The same of what took longer; nothing to count at first.
-    fn wants_more_since(&mut self, begin: Instant, value: Option<&f64>) -> bool {
-        let Some(value) = value else { return true };
-        self.spent += begin.elapsed().as_secs_f64();
-        self.add(*value)
-    }
-
-    fn add(&mut self, value: f64) -> bool {
         self.count += 1;
         match self.least {
             Some(least) if least <= value => {
@@ -341,10 +333,6 @@ impl Repeat {
             return self.count < 2 || self.spent < REPEAT_SECONDS;
         }
         !agree && self.count < *REPEATS.end() && self.spent < REPEAT_SECONDS
-    }
-
-    fn least(&self) -> f64 {
-        self.least.unwrap_or_default()
     }
 }
 
