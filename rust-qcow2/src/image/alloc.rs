@@ -146,7 +146,10 @@ impl<H: Host> Image<H> {
         }
         let freed =
             waiting.and_then(|()| self.change_refcount(st, offset, len, Change::Sub(1), reason));
-        if let Err(error) = freed {
+        let Err(error) = freed else { return };
+        // Where a write fails what it took goes back, and that is all one failure.
+        let taken_back = matches!(reason, Reason::Never) && !self.is_broken();
+        if !taken_back || error.code() == libc::EINVAL {
             // Without the name of the program, as it is known.
             let text = Error::with_errno(error.code(), "qcow2_free_clusters failed");
             let _ = writeln!(std::io::stderr(), "{text}");
