@@ -49,7 +49,7 @@ impl<H: Host> Image<H> {
         let cluster = self.geometry.cluster_size() - guest.within(self.geometry.cluster_bits);
         let (first, mut len_known) = self.part_at(guest, len.min(cluster))?;
         let len = match first.mapping {
-            Mapping::Unallocated => self.worth_asking(guest, len),
+            Mapping::Unallocated if len > cluster => self.worth_asking(guest, len),
             _ => len,
         };
         let kind = match first.mapping {
