@@ -7,7 +7,7 @@ compared is open at the same time and takes turns.
 
 import os
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from chains import GIB, Chains
 from compared import ROOT
@@ -48,16 +48,22 @@ class Bench:
                 for which in (0, 1)]
 
 
+@contextmanager
+def warm_probes(bench, chains, **options):
+    """rqcow2 with each of the chains open and all its tables in memory, by chain."""
+    with ExitStack() as stack:
+        probes = {chain: stack.enter_context(bench.ours.probe(chain.top, **options)) for chain in chains}
+        for chain, probe in probes.items():
+            probe.warm(chain.warm)
+        yield probes
+
+
 def read_depth(bench):
     """4 KiB random reads of data and holes by rqcow2, depth 1000 beside depth 1."""
     one, deep = bench.chains.spread(1), bench.chains.spread(1000)
     name = 'depth 1000 against depth 1'
     for aio in dict.fromkeys((bench.aio, 'threads')):
-        with ExitStack() as stack:
-            probes = {chain: stack.enter_context(bench.ours.probe(chain.top, aio=aio))
-                      for chain in (one, deep)}
-            for chain, probe in probes.items():
-                probe.warm(chain.warm)
+        with warm_probes(bench, (one, deep), aio=aio) as probes:
             clock, cpu = bench.reads(probes, {chain: chain.data for chain in probes})
             yield Row(f'4 KiB random read, aio={aio}: {name}', 'us', clock[deep], clock[one],
                       speed=True, least=0.95 if aio == bench.aio else None)
@@ -77,11 +83,7 @@ def read_direct(bench):
         # What waits to be written would be in the way of reads.
         os.sync()
         for aio in dict.fromkeys((bench.aio, 'threads')):
-            with ExitStack() as stack:
-                probes = {chain: stack.enter_context(bench.ours.probe(chain.top, aio=aio, direct=True))
-                          for chain in (one, deep)}
-                for chain, probe in probes.items():
-                    probe.warm(chain.warm)
+            with warm_probes(bench, (one, deep), aio=aio, direct=True) as probes:
                 clock, cpu = bench.reads(probes, {chain: chain.data for chain in probes})
             name = f'4 KiB random read, direct I/O, aio={aio}'
             yield Row(f'{name}: depth 1000 against depth 1', 'us', clock[deep], clock[one],

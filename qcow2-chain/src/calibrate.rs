@@ -251,7 +251,7 @@ fn deepest(qemu: &Qemu, temp: &Path, most: usize) -> Result<DeepestRead> {
             bad = next;
         }
         next = match (good, bad) {
-            (870, 1000) => 880,
+            (870, DEEPEST_CHAIN) => 880,
             (_, 870) if good == 0 => 800,
             _ => good.midpoint(bad),
         };

@@ -4,7 +4,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{expect, json, name, qemu, run, same_shape};
+use common::{expect, json, name, qemu, run, same_shape, thousand_layers};
 
 /// Builds a chain and compares it with what it should be, by QEMU.
 fn sound(args: &[&str]) {
@@ -283,19 +283,8 @@ fn wrong_arguments() {
 #[test]
 fn a_thousand_layers() {
     let dir = tempfile::tempdir().unwrap();
-    let chain = name(dir.path());
     let begin = Instant::now();
-    let args = [
-        "build",
-        "--layers",
-        "1000",
-        "--disk",
-        "16G",
-        "--data-per-layer",
-        "256K",
-        &chain,
-    ];
-    let report = json(0, &args);
+    let report = thousand_layers(dir.path());
     assert!(begin.elapsed() < Duration::from_secs(30));
     same_shape(&report, "build.txt");
     let begin = Instant::now();

@@ -55,7 +55,7 @@ def read(path):
         header = Header(file)
         cluster, size = header.cluster, header.size
         found = {}
-        for table, entries, flags, bits, name in entries_of(file, header, cluster):
+        for table, entries, flags, bits, name in entries_of(file, header):
             content = None
             if not flags & IN_USE:
                 content = read_bits(file, cluster, table, entries, -(-(size - size % 512) >> bits))
@@ -65,11 +65,11 @@ def read(path):
         return found
 
 
-def entries_of(file, header, cluster):
+def entries_of(file, header):
     """The entries of the directory: (table, entries, flags, granularity, name)."""
     if not header.bitmaps:
         return []
-    directory = find_directory(file, cluster, header.length)
+    directory = find_directory(file, header)
     if directory is None:
         return []
     count, length, offset = directory
@@ -92,8 +92,7 @@ def spoil(path):
     """Makes the first bits of a bitmap wrong; returns whether there was one."""
     with open(path, 'r+b') as file:
         header = Header(file)
-        cluster = header.cluster
-        for table, _, flags, _, _ in entries_of(file, header, cluster):
+        for table, _, flags, _, _ in entries_of(file, header):
             if flags & IN_USE:
                 continue
             file.seek(table)
@@ -110,9 +109,10 @@ def spoil(path):
         return False
 
 
-def find_directory(file, cluster, at):
+def find_directory(file, header):
     """The content of the header extension: (bitmaps, bytes, offset), or None."""
-    while at + 8 <= cluster:
+    at = header.length
+    while at + 8 <= header.cluster:
         file.seek(at)
         magic, length = struct.unpack('>II', file.read(8))
         if magic == 0:
