@@ -3,7 +3,7 @@
 import os
 import re
 
-from sides import Row, turns
+from sides import ONE_CPU, Row, turns
 
 GIB = 1 << 30
 BLOCK = 4096
@@ -43,7 +43,7 @@ class Requests:
         words = ['-w'] if self.write else []
         text = side.run('qemu-img', 'bench', '-f', side.driver, '-t', 'writeback',
                         '-c', str(self.count), '-d', str(self.depth), '-s', str(self.size),
-                        '-S', str(step), *words, image)
+                        '-S', str(step), *words, image, under=ONE_CPU if self.depth == 1 else ())
         return float(re.search(r'Run completed in ([\d.]+) seconds', text).group(1))
 
 

@@ -10,7 +10,7 @@ import re
 import time
 
 from cases import BLOCK, GIB, SCATTER
-from sides import Row, turns
+from sides import ONE_CPU, Row, turns
 
 MIB = 1 << 20
 SECRET = ['--object', 'secret,id=sec0,data=123456']
@@ -62,7 +62,8 @@ def requests(side, image, count, size, depth, write, *, step=0):
     words = ['-w'] if write else []
     text = side.run('qemu-img', 'bench', '-t', 'writeback', '-c', str(count), '-d', str(depth),
                     '-s', str(size), '-S', str(step or size), *words,
-                    '--image-opts', f'driver={side.driver},file.filename={image}')
+                    '--image-opts', f'driver={side.driver},file.filename={image}',
+                    under=ONE_CPU if depth == 1 else ())
     return float(re.search(r'Run completed in ([\d.]+) seconds', text).group(1))
 
 

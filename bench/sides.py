@@ -16,6 +16,12 @@ class Slow(Exception):
     """Something took longer than anybody would wait."""
 
 
+# What runs a program on one CPU. With one request at a time through worker
+# threads, most of the time goes by until another CPU of a virtual machine
+# wakes up, and how long that takes has nothing to do with the driver.
+ONE_CPU = ('taskset', '-c', str(max(os.sched_getaffinity(0))))
+
+
 class Side:
     """A set of programs, and the name of the format in them."""
 
@@ -27,8 +33,9 @@ class Side:
     def program(self, name):
         return os.path.join(self.programs, name)
 
-    def run(self, name, *words, **options):
-        return subprocess.run([self.program(name), *words], check=True, text=True,
+    def run(self, name, *words, under=(), **options):
+        """What it says. `under` is a program that runs it, with its options."""
+        return subprocess.run([*under, self.program(name), *words], check=True, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               **options).stdout
 
