@@ -102,7 +102,7 @@ def encryption(bench):
             commands = '\n'.join(f'{what} -q {at} 64k' for at in range(0, size, 65536))
             yield files.compare(f'LUKS, 64 KiB {what}, whole program', lambda side, commands=commands: seconds(
                 side, 'qemu-io', *SECRET, '--image-opts', f'driver={side.driver},file.filename={image}{key}',
-                input=commands))
+                input=commands, under=ONE_CPU))
 
 
 def subclusters(bench):
