@@ -24,7 +24,7 @@ use crate::text::{self, Progress, percent, printable};
 /// The chains, and the layers of each that are measured as tops. Between them
 /// they differ in everything that a model has a term for: depth, disk, how
 /// much of it has data, size of clusters, tables.
-const CHAINS: [(&str, &[usize], &[&str]); 3] = [
+const CHAINS: [(&str, &[usize], &[&str]); 4] = [
     (
         "spread",
         &[1, 8, 40, 100, 200, 320, 500],
@@ -54,6 +54,19 @@ const CHAINS: [(&str, &[usize], &[&str]); 3] = [
             "--data-per-layer=4M",
             "--base-data=256M",
             "--run=4",
+        ],
+    ),
+    (
+        // Most layers have no table where a read passes.
+        "few tables",
+        &[30, 120, 300],
+        &[
+            "--layers=300",
+            "--disk=4G",
+            "--data-per-layer=1M",
+            "--base-data=256M",
+            "--cluster-size=16K",
+            "--run=64",
         ],
     ),
 ];

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 /// are runs in which nobody else wanted the CPU.
 const BENCH_SECONDS: f64 = 0.1;
 /// How often, in each round.
-const BENCHES: usize = 8;
+const BENCHES: usize = 4;
 /// Requests that load tables at most.
 const MAX_LOADING: u64 = 20_000;
 /// What is measured again and again is known when the two least values are as
@@ -33,9 +33,11 @@ const AGREE: f64 = 1.03;
 /// How often that is at the least and at the most, and the seconds after which
 /// it has to do.
 const REPEATS: std::ops::RangeInclusive<usize> = 6..=40;
-const REPEAT_SECONDS: f64 = 4.0;
+const REPEAT_SECONDS: f64 = 2.0;
+/// The same for a block job.
+const JOB_SECONDS: f64 = 1.5;
 /// How often each place is read.
-const READS: usize = 16;
+const READS: usize = 8;
 /// Between one time and the next: somebody else's turn may end meanwhile.
 const BETWEEN: Duration = Duration::from_millis(60);
 
@@ -134,7 +136,12 @@ impl Task<'_> {
             (Figure::Merge, Self::merge),
         ] {
             if self.wants(figure) {
-                found.take(figure.into(), || job(self))?;
+                let mut jobs = Repeat::within(JOB_SECONDS);
+                while let Some(seconds) = found.take(figure.into(), || job(self))? {
+                    if !jobs.wants_more(seconds) {
+                        break;
+                    }
+                }
             }
         }
         Ok(())
@@ -149,7 +156,7 @@ impl Task<'_> {
         let mut session = self.qemu.open(self.top)?;
         put(Figure::Open, session.opened);
         if self.wants(Figure::Open) {
-            let mut opens = Repeat::default();
+            let mut opens = Repeat::within(REPEAT_SECONDS);
             while opens.wants_more(session.opened) {
                 std::thread::sleep(BETWEEN);
                 session = self.qemu.open(self.top)?;
@@ -304,8 +311,10 @@ impl Task<'_> {
 }
 
 /// Whether something was measured often enough.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Repeat {
+    /// Seconds after which it has to do.
+    limit: f64,
     count: usize,
     least: Option<f64>,
     /// The one after that.
@@ -315,6 +324,16 @@ struct Repeat {
 }
 
 impl Repeat {
+    fn within(limit: f64) -> Self {
+        Self {
+            limit,
+            count: 0,
+            least: None,
+            second: None,
+            spent: 0.0,
+        }
+    }
+
     /// Counts a value, which took as long as it says.
     fn wants_more(&mut self, value: f64) -> bool {
         self.spent += value;
@@ -330,9 +349,9 @@ impl Repeat {
             _ => false,
         };
         if self.count < *REPEATS.start() {
-            return self.count < 2 || self.spent < REPEAT_SECONDS;
+            return self.count < 2 || self.spent < self.limit;
         }
-        !agree && self.count < *REPEATS.end() && self.spent < REPEAT_SECONDS
+        !agree && self.count < *REPEATS.end() && self.spent < self.limit
     }
 }
 
@@ -350,19 +369,22 @@ impl Found {
         self.values.entry(key).or_default().push(value);
     }
 
-    /// Measures a figure, unless it has crashed before.
-    fn take(&mut self, key: Key, measure: impl FnOnce() -> Result<f64>) -> Result<()> {
+    /// Measures a figure, unless it has crashed before; `None` where it did.
+    fn take(&mut self, key: Key, measure: impl FnOnce() -> Result<f64>) -> Result<Option<f64>> {
         if self.crashes.contains_key(&key) {
-            return Ok(());
+            return Ok(None);
         }
         match measure() {
-            Ok(value) => self.put(key, value),
+            Ok(value) => {
+                self.put(key, value);
+                Ok(Some(value))
+            }
             Err(error) => {
                 self.crash(&error, key);
                 only_crashes(error)?;
+                Ok(None)
             }
         }
-        Ok(())
     }
 
     fn crash(&mut self, error: &anyhow::Error, key: Key) {

@@ -18,6 +18,9 @@ const SLICE_BYTES: u64 = 512 * 8 + 64;
 /// Files from which on their data structures are more out of the CPU's caches
 /// than in them.
 const MANY: f64 = 100.0;
+/// Bytes of tables from which on entries are more out of the CPU's caches than
+/// in them.
+const CPU_CACHE: f64 = 32.0 * MIB;
 
 /// A figure as a sum: each term times a constant of the machine, plus what
 /// needs no constant.
@@ -138,12 +141,7 @@ impl<'a> Model<'a> {
     fn cached(&self) -> u64 {
         let shape = self.shape;
         if self.driver == Driver::Qcow2 {
-            return self.sum(|layer| {
-                layer
-                    .tables_reached
-                    .saturating_mul(layer.cluster)
-                    .min(L2_CACHE)
-            });
+            return self.cached_tables();
         }
         let index = match shape.layers.len() {
             0 | 1 => 0,
@@ -154,6 +152,14 @@ impl<'a> Model<'a> {
             .first()
             .map_or(0, |top| top.tables * top.cluster);
         index.saturating_add(own).min(BUDGET)
+    }
+
+    /// Bytes of tables that QEMU's driver caches.
+    fn cached_tables(&self) -> u64 {
+        self.sum(|layer| {
+            let bytes = layer.tables_reached.saturating_mul(layer.cluster);
+            bytes.min(L2_CACHE)
+        })
     }
 
     /// Unpatched: the request falls through the layers.
@@ -171,7 +177,13 @@ impl<'a> Model<'a> {
             }
         };
         let mut terms = self.request(key, data);
-        terms.extend(walked(&walk, 1.0));
+        terms.extend(walked(&walk));
+        if key.figure == Figure::ReadDisk {
+            // All over the disk: no entry is used twice in a short time.
+            let bytes = self.cached_tables() as f64;
+            let far = walk.lookups * bytes / (bytes + CPU_CACHE);
+            terms.push(("us/lookup among 32 MiB of tables", far * 2.0));
+        }
         terms
     }
 
@@ -186,11 +198,6 @@ impl<'a> Model<'a> {
                     1.0 / f64::from(key.queue_depth.max(1)),
                 ),
                 ("us: reading data", data),
-                // What one request waits for, others use.
-                (
-                    "us: waiting for data",
-                    data / f64::from(key.queue_depth.max(1)),
-                ),
             ],
             _ => vec![("us: a request", 1.0)],
         }
@@ -272,11 +279,11 @@ fn steps(figure: Figure) -> fn(&Served) -> u64 {
     }
 }
 
-fn walked(walk: &Walk, scale: f64) -> [(&'static str, f64); 4] {
+fn walked(walk: &Walk) -> [(&'static str, f64); 4] {
     [
-        ("us/level", walk.levels * scale),
-        ("us/lookup in a table", walk.lookups * scale),
-        ("us/visit of a node", walk.visits * scale),
-        ("us/visit among a thousand nodes", walk.far_visits * scale),
+        ("us/level", walk.levels),
+        ("us/lookup in a table", walk.lookups),
+        ("us/visit of a node", walk.visits),
+        ("us/visit among a thousand nodes", walk.far_visits),
     ]
 }
