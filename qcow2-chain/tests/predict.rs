@@ -123,7 +123,7 @@ fn a_thousand_layers_of_a_large_disk() {
     let begin = Instant::now();
     let report = json(0, &["predict", "--calibration", &constants, top]);
     assert_eq!(report["layers"], 1000);
-    // The programs under test are built without optimization.
+    // The programs under test are built with little optimization.
     assert!(begin.elapsed() < Duration::from_secs(10));
 }
 
