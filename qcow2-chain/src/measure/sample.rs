@@ -50,3 +50,19 @@ fn median(sorted: &[f64]) -> Option<f64> {
         upper
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_to_the_last_bit() {
+        // Without float_roundtrip some of them lose it.
+        for number in 1..20_000 {
+            let value = 1.0 / f64::from(number) * 1e6 / 7.0;
+            let sample = Sample::of(vec![value, value / 3.0]).unwrap();
+            let text = serde_json::to_string(&sample).unwrap();
+            assert_eq!(serde_json::from_str::<Sample>(&text).unwrap(), sample);
+        }
+    }
+}
