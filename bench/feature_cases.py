@@ -6,10 +6,9 @@ Cases as in chain_cases.py.
 
 import os
 import random
-import re
 import time
 
-from cases import BLOCK, GIB, SCATTER
+from cases import BLOCK, GIB, SCATTER, requests
 from sides import ONE_CPU, Row, turns
 
 MIB = 1 << 20
@@ -55,16 +54,6 @@ def seconds(side, *words, **options):
     begin = time.monotonic()
     side.run(*words, **options)
     return time.monotonic() - begin
-
-
-def requests(side, image, count, size, depth, write, *, step=0):
-    """How long requests take, without open and close."""
-    words = ['-w'] if write else []
-    text = side.run('qemu-img', 'bench', '-t', 'writeback', '-c', str(count), '-d', str(depth),
-                    '-s', str(size), '-S', str(step or size), *words,
-                    '--image-opts', f'driver={side.driver},file.filename={image}',
-                    under=ONE_CPU if depth == 1 else ())
-    return float(re.search(r'Run completed in ([\d.]+) seconds', text).group(1))
 
 
 def compression(bench):

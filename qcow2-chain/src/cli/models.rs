@@ -80,7 +80,7 @@ pub struct Predict {
 
 /// Measures the constants of this machine that `predict` needs
 ///
-/// Builds three chains in a temporary directory, measures them at several
+/// Builds four chains in a temporary directory, measures them at several
 /// depths, and writes what was found into a file. Takes a few minutes, in which
 /// the machine should do nothing else. Other drivers that are in the file
 /// stay, if they were calibrated on the same machine.

@@ -311,7 +311,7 @@ impl Task<'_> {
 }
 
 /// Whether something was measured often enough.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Repeat {
     /// Seconds after which it has to do.
     limit: f64,
@@ -327,10 +327,7 @@ impl Repeat {
     fn within(limit: f64) -> Self {
         Self {
             limit,
-            count: 0,
-            least: None,
-            second: None,
-            spent: 0.0,
+            ..Self::default()
         }
     }
 
