@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from chains import GIB, Chains
 from compared import ROOT
-from sides import Crash, Probe, Row, node, turns
+from sides import ONE_CPU, Crash, Probe, Row, node, turns
 
 
 class Bench:
@@ -58,30 +58,54 @@ def warm_probes(bench, chains, **options):
         yield probes
 
 
-def read_depth(bench):
-    """4 KiB random reads of data and holes by rqcow2, depth 1000 beside depth 1."""
-    one, deep = bench.chains.spread(1), bench.chains.spread(1000)
-    name = 'depth 1000 against depth 1'
-    for aio in dict.fromkeys((bench.aio, 'threads')):
-        with warm_probes(bench, (one, deep), aio=aio) as probes:
-            clock, cpu = bench.reads(probes, {chain: chain.data for chain in probes})
-            yield Row(f'4 KiB random read, aio={aio}: {name}', 'us', clock[deep], clock[one],
-                      speed=True, least=0.95 if aio == bench.aio else None)
-            yield Row(f'4 KiB random read, aio={aio}, CPU time: {name}', 'us', cpu[deep],
-                      cpu[one])
-            if aio == bench.aio:
-                _, cpu = bench.reads(probes, {chain: chain.holes for chain in probes})
-                yield Row(f'hole, CPU time: {name}', 'us', cpu[deep], cpu[one], most=1.1)
-
-
-def read_direct(bench):
-    """The reads of data once more past the page cache, from a disk."""
-    # Not in memory, where there is nothing to go past.
+@contextmanager
+def on_disk(bench):
+    """Chains on a disk. In memory there is no page cache to go past, nor one
+    that io_uring would read from in the thread that asks."""
     with tempfile.TemporaryDirectory(prefix='bench.', dir=os.path.join(ROOT, 'build')) as directory:
         chains = Chains(directory, bench.quick, bench.say)
         one, deep = chains.spread(1), chains.spread(1000)
         # What waits to be written would be in the way of reads.
         os.sync()
+        yield one, deep
+
+
+def read_depth(bench):
+    """4 KiB random reads of data and holes by rqcow2, depth 1000 beside depth 1."""
+    name = 'depth 1000 against depth 1'
+    with on_disk(bench) as (one, deep):
+        for aio in dict.fromkeys(('threads', bench.aio)):
+            with warm_probes(bench, (one, deep), aio=aio, under=ONE_CPU) as probes, \
+                    ExitStack() as stack:
+                offsets = {chain: chain.data for chain in probes}
+                # The floor: no image, nothing but QEMU's file driver and the kernel.
+                for chain in (one, deep):
+                    probe = stack.enter_context(Probe(bench.ours, aio=aio, under=ONE_CPU))
+                    places = chain.places(bench.ours)
+                    probe.go_to_files(places)
+                    probes[places], offsets[places] = probe, places
+                clock, _ = bench.reads(probes, offsets)
+                floor = [clock[chain.path('places')] for chain in (one, deep)]
+                yield Row(f'4 KiB random read, aio={aio}: {name}', 'us', clock[deep], clock[one],
+                          speed=True, least=0.95 if aio == 'threads' else None)
+                yield Row(f'the same of the files alone, aio={aio}: 1000 against one', 'us',
+                          floor[1], floor[0], speed=True)
+                yield Row(f'4 KiB random read, aio={aio}, times the files alone: {name}', '',
+                          quotients(clock[deep], floor[1]), quotients(clock[one], floor[0]),
+                          speed=True, least=0.95)
+        with warm_probes(bench, (one, deep), aio=bench.aio, under=ONE_CPU) as probes:
+            _, cpu = bench.reads(probes, {chain: chain.holes for chain in probes})
+        yield Row(f'hole, CPU time: {name}', 'us', cpu[deep], cpu[one], most=1.1)
+
+
+def quotients(these, those):
+    """Of samples of the same rounds."""
+    return [this / that for this, that in zip(these, those)]
+
+
+def read_direct(bench):
+    """The reads of data once more past the page cache, from a disk."""
+    with on_disk(bench) as (one, deep):
         for aio in dict.fromkeys((bench.aio, 'threads')):
             with warm_probes(bench, (one, deep), aio=aio, direct=True) as probes:
                 clock, cpu = bench.reads(probes, {chain: chain.data for chain in probes})

@@ -1,6 +1,8 @@
 """The images that are measured, and the places in them that are read."""
 
 import array
+import bisect
+import json
 import os
 import random
 import shutil
@@ -78,6 +80,25 @@ class Spread(Chain):
             first.setdefault(offset // (4 * MIB), offset)
         write_offsets(self.warm, sorted(first.values()), shuffle=False)
         write_offsets(self.first, holes[:1])
+
+
+    def places(self, side):
+        """Writes where the blocks of `data` are, in the same order, for probes
+        that read them without an image; returns the path."""
+        extents = json.loads(side.run('qemu-img', 'map', '-f', side.driver, '--output', 'json',
+                                      self.top))
+        extents = [extent for extent in extents if extent['data']]
+        starts = [extent['start'] for extent in extents]
+        blocks = array.array('Q')
+        with open(self.data, 'rb') as file:
+            blocks.frombytes(file.read())
+        path = self.path('places')
+        with open(path, 'w', encoding='utf-8') as file:
+            for block in blocks:
+                extent = extents[bisect.bisect(starts, block) - 1]
+                offset = extent['offset'] + block - extent['start']
+                file.write(f"{offset} {self.layer(self.depth - 1 - extent['depth'])}\n")
+        return path
 
 
 class FullTables(Chain):

@@ -16,6 +16,8 @@
  *   aio MODE            how files are read, for "open": threads or io_uring
  *   direct              files are read past the page cache, for "open"
  *   offsets FILE        where requests go: 64-bit numbers, host byte order
+ *   places FILE         the same in files that the file driver opens, without
+ *                       any image: a line for each request: offset, path
  *   pass QD             4 KiB reads, each offset once
  *   read MS QD THREADS  4 KiB reads for so many milliseconds, going on in the
  *                       list where the last call stopped; in the main loop,
@@ -70,6 +72,7 @@ typedef struct {
 } Load;
 
 static BlockBackend *blk;
+static BlockBackend **files;    /* of each of the offsets, or NULL */
 static uint64_t *offsets;
 static uint64_t n_offsets;
 static uint64_t position;
@@ -112,9 +115,11 @@ static void coroutine_fn requests(void *opaque)
             break;
         }
         load->started++;
-        uint64_t offset = offsets[(load->first + mine) % n_offsets];
-        int ret = writing ? blk_co_pwrite(blk, offset, BLOCK, buffer, 0)
-                          : blk_co_pread(blk, offset, BLOCK, buffer, 0);
+        uint64_t which = (load->first + mine) % n_offsets;
+        BlockBackend *target = files ? files[which] : blk;
+        uint64_t offset = offsets[which];
+        int ret = writing ? blk_co_pwrite(target, offset, BLOCK, buffer, 0)
+                          : blk_co_pread(target, offset, BLOCK, buffer, 0);
         if (ret < 0) {
             load->ret = ret;
         }
@@ -236,7 +241,46 @@ static void load_offsets(const char *path)
     }
     g_free(offsets);
     offsets = (uint64_t *)g_steal_pointer(&data);
+    g_clear_pointer(&files, g_free);
     n_offsets = length / 8;
+    position = 0;
+}
+
+static BlockBackend *open_file(const char *path)
+{
+    QDict *options = qdict_new();
+
+    qdict_put_str(options, "driver", "file");
+    qdict_put_str(options, "filename", path);
+    return blk_new_open(NULL, NULL, options, flags & ~BDRV_O_RDWR,
+                        &error_fatal);
+}
+
+static void load_places(const char *list)
+{
+    g_autoptr(GHashTable) opened = g_hash_table_new(g_str_hash, g_str_equal);
+    g_autofree char *data = NULL;
+    g_auto(GStrv) lines = NULL;
+
+    if (!g_file_get_contents(list, &data, NULL, NULL) || !*data) {
+        error_report("cannot read %s", list);
+        exit(1);
+    }
+    lines = g_strsplit(g_strchomp(data), "\n", -1);
+    n_offsets = g_strv_length(lines);
+    offsets = g_renew(uint64_t, offsets, n_offsets);
+    files = g_renew(BlockBackend *, files, n_offsets);
+    for (uint64_t i = 0; i < n_offsets; i++) {
+        char *path;
+
+        offsets[i] = g_ascii_strtoull(lines[i], &path, 10);
+        path++;
+        files[i] = g_hash_table_lookup(opened, path);
+        if (!files[i]) {
+            files[i] = open_file(path);
+            g_hash_table_insert(opened, path, files[i]);
+        }
+    }
     position = 0;
 }
 
@@ -263,13 +307,8 @@ static int read_tables(const char *list)
 
         rest++;
         if (g_strcmp0(last, rest) != 0) {
-            QDict *options = qdict_new();
-
             blk_unref(file);
-            qdict_put_str(options, "driver", "file");
-            qdict_put_str(options, "filename", rest);
-            file = blk_new_open(NULL, NULL, options, flags & ~BDRV_O_RDWR,
-                                &error_fatal);
+            file = open_file(rest);
             g_free(last);
             last = g_strdup(rest);
         }
@@ -339,6 +378,8 @@ static int command(char *line)
         flags |= BDRV_O_NOCACHE;
     } else if (g_str_equal(words[0], "offsets")) {
         load_offsets(rest);
+    } else if (g_str_equal(words[0], "places")) {
+        load_places(rest);
     } else if (g_str_equal(words[0], "pass") && n == 2) {
         position = 0;
         return read_blocks(0, n_offsets, atoi(words[1]), 0);

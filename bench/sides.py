@@ -39,8 +39,8 @@ class Side:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               **options).stdout
 
-    def probe(self, image, patience=None, aio='threads', direct=False):
-        return Probe(self, node(self.driver, image), patience, aio, direct=direct)
+    def probe(self, image, patience=None, aio='threads', **options):
+        return Probe(self, node(self.driver, image), patience, aio, **options)
 
     def raw(self, image):
         return Probe(self, node('raw', image))
@@ -113,6 +113,11 @@ class Probe:
         if offsets != self.offsets:
             self.ask(f'offsets {offsets}')
             self.offsets = offsets
+
+    def go_to_files(self, places):
+        """The same in files, without an image: `Spread.places`."""
+        self.ask(f'places {places}')
+        self.offsets = places
 
     def warm(self, offsets):
         """Reads at each of the offsets once; returns the seconds."""
