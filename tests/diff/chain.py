@@ -417,6 +417,9 @@ class Chain:
             return
         path = os.path.join(self.directories[0], self.top.name)
         if kind == 'bitmap':
+            if not bitmaps.read(path):
+                # Version 2 cannot have any.
+                self.both('qemu-img', ['bitmap', '--add', *self.image(self.top), 'spoilt'], status=None)
             self.injected = not self.top.bits_differ and bitmaps.spoil(path)
             return
         with open(path, 'r+b') as file:
