@@ -152,7 +152,7 @@ pub struct Validate {
     #[arg(long, value_name = "FILE")]
     pub results: Option<PathBuf>,
 
-    /// Begin no chain after so many seconds; call it again for the rest
+    /// Begin no more chains (eight take turns) after so many seconds; call it again for the rest
     #[arg(long, value_name = "N")]
     pub seconds: Option<u64>,
 

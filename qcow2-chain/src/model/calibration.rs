@@ -16,8 +16,6 @@ use crate::measure::sample::Sample;
 const VERSION: u32 = 1;
 /// Bytes of a calibration file at most.
 const MAX_FILE: u64 = 64 << 20;
-/// The least relative error that anything is predicted with.
-const LEAST_ERROR: f64 = 0.02;
 
 /// The file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -206,7 +204,7 @@ impl Calibrated {
         let terms = model.terms(key)?;
         let values: Vec<_> = terms.list.iter().map(|(_, value)| *value).collect();
         let (value, error) = fitted.fit.predict(&values, terms.known);
-        let wide = 1.0 + 2.0 * error.max(LEAST_ERROR);
+        let wide = 1.0 + 2.0 * error.hypot(key.figure.scatter());
         Some(Predicted {
             value,
             low: value / wide,

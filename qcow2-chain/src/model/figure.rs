@@ -47,6 +47,19 @@ impl Figure {
         }
     }
 
+    /// How far the same figure of the same chain is off in another process at
+    /// another time, one relative standard deviation. What was fitted does not
+    /// tell: `calibrate` measures all its points within minutes. Of times it
+    /// depends on which pages of memory a process gets (seen: 7 % with reads of
+    /// a thousand files), with jobs on what the file system writes back.
+    pub fn scatter(self) -> f64 {
+        match self {
+            Self::MemoryOpen | Self::MemoryWarm => 0.02,
+            Self::Open | Self::ReadData | Self::ReadHole | Self::ReadDisk => 0.07,
+            Self::Stream | Self::Merge => 0.25,
+        }
+    }
+
     /// For people.
     pub fn label(self) -> &'static str {
         match self {

@@ -4,7 +4,7 @@ mod draw;
 mod report;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -32,6 +32,8 @@ const TOO_FAR: u8 = 4;
 /// As with `calibrate`.
 const READS: u64 = 60;
 const DEEPEST_JOB: usize = 200;
+/// Chains that take turns, and are there at a time.
+const BATCH: usize = 8;
 
 /// What was measured so far.
 #[derive(Default, Serialize, Deserialize)]
@@ -74,21 +76,20 @@ pub fn run(args: &Validate) -> Result<u8> {
         .map(|number| args.seed + number)
         .collect();
     let bar = Progress::new("measuring", seeds.len(), args.quiet);
-    let mut left = 0;
-    for (number, seed) in seeds.iter().enumerate() {
-        if of_driver.contains_key(seed) {
-            continue;
-        }
+    let missing: Vec<_> = seeds
+        .iter()
+        .copied()
+        .filter(|seed| !of_driver.contains_key(seed))
+        .collect();
+    let mut left = missing.len();
+    for batch in missing.chunks(BATCH) {
         let limit = args.seconds.map(Duration::from_secs);
         if limit.is_some_and(|limit| begin.elapsed() > limit) {
-            left += 1;
-            continue;
+            break;
         }
-        of_driver.insert(
-            *seed,
-            measure(args, *seed).with_context(|| format!("seed {seed}"))?,
-        );
-        bar.at(number + 1);
+        of_driver.extend(measure(args, batch)?);
+        left -= batch.len();
+        bar.at(seeds.len() - left);
     }
     drop(bar);
     let chosen = of_driver.iter().filter(|(seed, _)| seeds.contains(seed));
@@ -107,64 +108,100 @@ pub fn run(args: &Validate) -> Result<u8> {
     Ok(if report.within_limits { 0 } else { TOO_FAR })
 }
 
-fn measure(args: &Validate, seed: u64) -> Result<Measured> {
-    let recipe = Recipe::draw(seed);
-    let temp = Temporary::new(args.programs.temp.as_deref())?;
-    let dir = temp.0.join("chain");
-    let options: Vec<_> = recipe.options.iter().map(String::as_str).collect();
-    let built = build::make(&build_args(&dir, &options)?)?;
-    // Or the files would be written while they are measured.
+/// A chain that is measured.
+struct Subject {
+    recipe: Recipe,
+    /// Where it is.
+    temp: Temporary,
+    top: PathBuf,
+    shape: Shape,
+    targets: Targets,
+    qemu: Qemu,
+    found: Found,
+}
+
+/// Measures the chains of some seeds, in rounds in which each has its turn: what
+/// else goes on lasts for longer than a single chain takes.
+fn measure(args: &Validate, seeds: &[u64]) -> Result<Vec<(u64, Measured)>> {
+    let subjects = seeds.iter().map(|seed| {
+        let subject = Subject::make(args, Recipe::draw(*seed));
+        subject.with_context(|| format!("seed {seed}"))
+    });
+    let mut subjects = subjects.collect::<Result<Vec<_>>>()?;
+    // Or the files would be written while others are measured.
     rustix::fs::sync();
-    let top = Path::new(&built.top);
-    let policy = Policy {
-        allow: Vec::new(),
-        max_layers: recipe.layers,
-    };
-    let chain = Chain::open(top, &policy)?;
-    let driver = args.programs.driver;
-    let (shape, targets) = Targets::draw(&chain, driver, READS)?;
-    let qemu = Qemu::new(&args.programs, top)?;
-    let jobs = recipe.layers <= DEEPEST_JOB || driver == Driver::Rqcow2;
-    let figures = Figure::ALL.into_iter();
-    let figures: Vec<_> = figures
-        .filter(|figure| jobs || !matches!(figure, Figure::Stream | Figure::Merge))
-        .collect();
-    let task = Task {
-        qemu: &qemu,
-        top,
-        disk: shape.disk,
-        raw: false,
-        targets: &targets,
-        temp: &temp.0,
-        queue_depths: &args.prediction.queue_depth,
-        figures: &figures,
-    };
-    let mut found = Found::default();
-    task.round(&mut found)?;
-    let job = |figure: &Figure| matches!(figure, Figure::Stream | Figure::Merge);
-    let figures: Vec<_> = figures
-        .iter()
-        .copied()
-        .filter(|figure| !job(figure))
-        .collect();
-    let task = Task {
-        figures: &figures,
-        ..task
-    };
-    for _ in 1..args.rounds {
-        task.round(&mut found)?;
+    for round in 0..args.rounds.max(1) {
+        for (subject, seed) in subjects.iter_mut().zip(seeds) {
+            let done = subject.round(args, round == 0);
+            done.with_context(|| format!("seed {seed}"))?;
+        }
     }
-    let crashes = found.crashes.iter();
-    Ok(Measured {
-        recipe,
-        machine: Machine::here(),
-        qemu: qemu.version()?,
-        samples: found.samples(),
-        crashes: crashes
+    let measured = subjects.into_iter().map(Subject::finish);
+    seeds
+        .iter()
+        .zip(measured)
+        .map(|(seed, measured)| Ok((*seed, measured?)))
+        .collect()
+}
+
+impl Subject {
+    fn make(args: &Validate, recipe: Recipe) -> Result<Self> {
+        let temp = Temporary::new(args.programs.temp.as_deref())?;
+        let dir = temp.0.join("chain");
+        let options: Vec<_> = recipe.options.iter().map(String::as_str).collect();
+        let top = PathBuf::from(build::make(&build_args(&dir, &options)?)?.top);
+        let policy = Policy {
+            allow: Vec::new(),
+            max_layers: recipe.layers,
+        };
+        let chain = Chain::open(&top, &policy)?;
+        let (shape, targets) = Targets::draw(&chain, args.programs.driver, READS)?;
+        Ok(Self {
+            recipe,
+            qemu: Qemu::new(&args.programs, &top)?,
+            temp,
+            top,
+            shape,
+            targets,
+            found: Found::default(),
+        })
+    }
+
+    /// Jobs take longest; once is enough for them.
+    fn round(&mut self, args: &Validate, jobs: bool) -> Result<()> {
+        let shallow = self.recipe.layers <= DEEPEST_JOB || self.qemu.driver == Driver::Rqcow2;
+        let jobs = jobs && shallow;
+        let figures = Figure::ALL.into_iter();
+        let figures: Vec<_> = figures
+            .filter(|figure| jobs || !matches!(figure, Figure::Stream | Figure::Merge))
+            .collect();
+        let task = Task {
+            qemu: &self.qemu,
+            top: &self.top,
+            disk: self.shape.disk,
+            raw: false,
+            targets: &self.targets,
+            temp: &self.temp.0,
+            queue_depths: &args.prediction.queue_depth,
+            figures: &figures,
+        };
+        task.round(&mut self.found)
+    }
+
+    fn finish(self) -> Result<Measured> {
+        let crashes = self.found.crashes.iter();
+        let crashes = crashes
             .map(|(key, how)| (predict::label(key.figure, key.queue_depth), how.clone()))
-            .collect(),
-        shape,
-    })
+            .collect();
+        Ok(Measured {
+            recipe: self.recipe,
+            machine: Machine::here(),
+            qemu: self.qemu.version()?,
+            samples: self.found.samples(),
+            crashes,
+            shape: self.shape,
+        })
+    }
 }
 
 fn save(path: &Path, results: &Results) -> Result<()> {
