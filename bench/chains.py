@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -32,6 +33,15 @@ class Chain:
 
     def path(self, name):
         return os.path.join(self.directory, name)
+
+    def list_tables(self):
+        """Writes where the L2 tables of all layers are, for the probe; returns the path."""
+        path = self.path('tables')
+        with open(path, 'w', encoding='utf-8') as lists:
+            for layer in map(self.layer, range(self.depth)):
+                for offset in l2_tables(layer):
+                    lists.write(f'{offset} {CLUSTER} {layer}\n')
+        return path
 
 
 class Spread(Chain):
@@ -105,34 +115,38 @@ class FullTables(Chain):
     """Every layer has every L2 table, with one cluster of data under each.
 
     `slices` is a list of one hole for each 32 MiB (512 clusters, a slice of
-    4 KiB of an L2 table), `tables` one of where all L2 tables are.
+    4 KiB of an L2 table), `tables` that of `list_tables`.
     """
 
     def __init__(self, directory, depth, disk):
         super().__init__(directory, depth, disk)
-        self.slices, self.tables = self.path('slices'), self.path('tables')
+        self.slices = self.path('slices')
         self.count = disk // TABLE
         os.makedirs(directory)
         chance = random.Random(1)
         content = chance.randbytes(CLUSTER)
         taken = set()
-        with open(self.tables, 'w', encoding='utf-8') as lists:
-            for number in range(depth):
-                clusters = [table * (TABLE // CLUSTER) + chance.randrange(TABLE // CLUSTER)
-                            for table in range(self.count)]
-                taken.update(clusters)
-                path = self.layer(number)
-                end = write_qcow2(path, disk, clusters, lambda _: content,
-                                  backing=f'l{number - 1}.qcow2' if number else None,
-                                  backing_format='qcow2' if number else None)
-                # The writer puts them in front of the data, which come last.
-                first = end - 2 * self.count * CLUSTER
-                for table in range(self.count):
-                    lists.write(f'{first + table * CLUSTER} {CLUSTER} {path}\n')
+        for number in range(depth):
+            clusters = [table * (TABLE // CLUSTER) + chance.randrange(TABLE // CLUSTER)
+                        for table in range(self.count)]
+            taken.update(clusters)
+            write_qcow2(self.layer(number), disk, clusters, lambda _: content,
+                        backing=f'l{number - 1}.qcow2' if number else None,
+                        backing_format='qcow2' if number else None)
+        self.tables = self.list_tables()
         step = 32 * MIB // CLUSTER
         write_offsets(self.slices, [
             next(n for n in range(start, start + step) if n not in taken) * CLUSTER
             for start in range(0, disk // CLUSTER, step)], shuffle=False)
+
+
+def l2_tables(path):
+    """Where the L2 tables of an image are."""
+    with open(path, 'rb') as file:
+        size, offset = struct.unpack('>36xIQ', file.read(48))
+        file.seek(offset)
+        entries = struct.unpack(f'>{size}Q', file.read(8 * size))
+    return [entry & 0x00fffffffffffe00 for entry in entries if entry & 0x00fffffffffffe00]
 
 
 def empty_overlay(path, disk, backing):
