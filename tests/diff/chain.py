@@ -233,10 +233,11 @@ class Chain:
                 options.append('encrypt.iter-time=10')
         if version == 3 and rng.random() < 0.15:
             options.append('data_file=' + self.name('data'))
-            if not backed and rng.random() < 0.5:
+            # All clusters of an image that is raw are allocated.
+            if not backed and not encrypted and rng.random() < 0.5:
                 options.append('data_file_raw=on')
         preallocation = 'off'
-        # What an encrypted image has where nothing was written is noise.
+        # What an encrypted image has in a cluster that nobody wrote to is noise.
         if (extended or not backed) and not self.large and not encrypted and rng.random() < 0.3:
             preallocation = rng.choice(['metadata', 'falloc', 'full'])
             options.append(f'preallocation={preallocation}')
@@ -480,7 +481,7 @@ class Chain:
         self.run(driver, side, 'qemu-img', ['convert', '-O', 'raw', *self.image(layer), 'out.raw'])
         self.expect(out, layer.content, f'{layer.name} of side {"ab"[side]} as read by {driver.name}')
         os.remove(out)
-        if layer.data_is_raw and not layer.encrypted:
+        if layer.data_is_raw:
             self.expect_raw(side, layer)
 
     def expect_raw(self, side, layer):
