@@ -79,18 +79,18 @@ def read_depth(bench):
     """4 KiB random reads of data and holes by rqcow2, depth 1000 beside depth 1."""
     name = 'depth 1000 against depth 1'
     with on_disk(bench) as (one, deep):
+        # The floor: no image, nothing but QEMU's file driver and the kernel.
+        files = [chain.places(bench.ours) for chain in (one, deep)]
         for aio in dict.fromkeys(('threads', bench.aio)):
             with warm_probes(bench, (one, deep), aio=aio, under=ONE_CPU) as probes, \
                     ExitStack() as stack:
                 offsets = {chain: chain.data for chain in probes}
-                # The floor: no image, nothing but QEMU's file driver and the kernel.
-                for chain in (one, deep):
+                for places in files:
                     probe = stack.enter_context(Probe(bench.ours, aio=aio, under=ONE_CPU))
-                    places = chain.places(bench.ours)
                     probe.go_to_files(places)
                     probes[places], offsets[places] = probe, places
                 clock, _ = bench.reads(probes, offsets)
-                floor = [clock[chain.path('places')] for chain in (one, deep)]
+                floor = [clock[places] for places in files]
                 yield Row(f'4 KiB random read, aio={aio}: {name}', 'us', clock[deep], clock[one],
                           speed=True, least=0.95 if aio == 'threads' else None)
                 yield Row(f'the same of the files alone, aio={aio}: 1000 against one', 'us',

@@ -91,7 +91,6 @@ class Spread(Chain):
         write_offsets(self.warm, sorted(first.values()), shuffle=False)
         write_offsets(self.first, holes[:1])
 
-
     def places(self, side):
         """Writes where the blocks of `data` are, in the same order, for probes
         that read them without an image; returns the path."""
@@ -146,7 +145,9 @@ def l2_tables(path):
         size, offset = struct.unpack('>36xIQ', file.read(48))
         file.seek(offset)
         entries = struct.unpack(f'>{size}Q', file.read(8 * size))
-    return [entry & 0x00fffffffffffe00 for entry in entries if entry & 0x00fffffffffffe00]
+    # Without the flags around it.
+    offsets = (entry & 0x00fffffffffffe00 for entry in entries)
+    return [offset for offset in offsets if offset]
 
 
 def empty_overlay(path, disk, backing):
