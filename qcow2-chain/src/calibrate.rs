@@ -1,7 +1,7 @@
 //! `calibrate`: the constants of this machine.
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -9,16 +9,13 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::build;
-use crate::chain::{Chain, Policy};
 use crate::cli::{Aio, Build, Calibrate, Cli, Command, Driver, Output};
 use crate::measure::Temporary;
 use crate::measure::process::Crash;
 use crate::measure::qemu::Qemu;
-use crate::measure::run::{Found, Task};
-use crate::measure::targets::Targets;
+use crate::measure::subject::Subject;
 use crate::model::calibration::{Calibrated, Calibration, DeepestRead, Measurement};
 use crate::model::figure::Figure;
-use crate::model::shape::Shape;
 use crate::text::{self, Progress, percent, printable};
 
 /// The chains, and the layers of each that are measured as tops. Between them
@@ -70,12 +67,8 @@ const CHAINS: [(&str, &[usize], &[&str]); 4] = [
         ],
     ),
 ];
-/// Jobs on deeper chains would take minutes.
-const DEEPEST_JOB: usize = 200;
 /// Requests at a time.
 const QUEUE_DEPTHS: [u32; 2] = [1, 16];
-/// Places of data, and of holes, that are read.
-const READS: u64 = 60;
 /// The chain whose reads are looked for crashes, and how exactly.
 const DEEPEST_CHAIN: usize = 1000;
 const DEEPEST_STEP: usize = 8;
@@ -109,11 +102,7 @@ struct Constant {
 /// A chain to measure.
 struct Point {
     name: String,
-    top: PathBuf,
-    shape: Shape,
-    targets: Targets,
-    figures: Vec<Figure>,
-    found: Found,
+    subject: Subject,
 }
 
 /// Carries the command out.
@@ -127,30 +116,17 @@ pub fn run(args: &Calibrate) -> Result<()> {
     let mut points = points(&temp.0, args.programs.driver, most)?;
     // Or the files would be written while others are measured.
     rustix::fs::sync();
-    let qemu = Qemu::new(&args.programs, &points[0].top)?;
+    let qemu = Qemu::new(&args.programs, &points[0].subject.top)?;
     let version = qemu.version()?;
     let total = points.len() * args.rounds.max(1);
     let bar = Progress::new("measuring", total, args.quiet);
     for round in 0..args.rounds.max(1) {
         let count = points.len();
         for (number, point) in points.iter_mut().enumerate() {
-            if round == 1 {
-                // Once is enough for what takes longest.
-                let job = |figure: &Figure| matches!(figure, Figure::Stream | Figure::Merge);
-                point.figures.retain(|figure| !job(figure));
-            }
-            let task = Task {
-                qemu: &qemu,
-                top: &point.top,
-                disk: point.shape.disk,
-                raw: false,
-                targets: &point.targets,
-                temp: &temp.0,
-                queue_depths: &QUEUE_DEPTHS,
-                figures: &point.figures,
-            };
-            task.round(&mut point.found)
-                .with_context(|| format!("{} layers", point.shape.depth()))?;
+            let Point { subject, .. } = point;
+            subject
+                .round(round, &qemu, &temp.0, &QUEUE_DEPTHS)
+                .with_context(|| format!("{} layers", subject.shape.depth()))?;
             bar.at(round * count + number + 1);
         }
     }
@@ -165,8 +141,8 @@ pub fn run(args: &Calibrate) -> Result<()> {
         points: points
             .into_iter()
             .map(|point| {
-                let samples = point.found.samples();
-                Measurement::new(&point.name, &point.shape, qemu.driver, &samples)
+                let samples = point.subject.found.samples();
+                Measurement::new(&point.name, &point.subject.shape, qemu.driver, &samples)
             })
             .collect(),
     };
@@ -194,25 +170,9 @@ fn points(temp: &Path, driver: Driver, most: usize) -> Result<Vec<Point>> {
         build::make(&build_args(&dir, options)?)?;
         for depth in depths.iter().filter(|depth| **depth <= most) {
             let top = dir.join(format!("l{}.qcow2", depth - 1));
-            let chain = Chain::open(
-                &top,
-                &Policy {
-                    allow: Vec::new(),
-                    max_layers: 10_000,
-                },
-            )?;
-            let (shape, targets) = Targets::draw(&chain, driver, READS)?;
-            let jobs = *depth <= DEEPEST_JOB || driver == Driver::Rqcow2;
-            let figures = Figure::ALL.into_iter();
             points.push(Point {
                 name: name.to_owned(),
-                top,
-                shape,
-                targets,
-                figures: figures
-                    .filter(|figure| jobs || !matches!(figure, Figure::Stream | Figure::Merge))
-                    .collect(),
-                found: Found::default(),
+                subject: Subject::open(top, 10_000, driver)?,
             });
         }
     }

@@ -6,6 +6,7 @@ pub mod process;
 pub mod qemu;
 pub mod run;
 pub mod sample;
+pub mod subject;
 pub mod targets;
 
 use std::io::{self, ErrorKind, Write};

@@ -47,6 +47,11 @@ impl Figure {
         }
     }
 
+    /// Whether it is the duration of a job that writes a copy.
+    pub fn is_job(self) -> bool {
+        matches!(self, Self::Stream | Self::Merge)
+    }
+
     /// How far the same figure of the same chain is off in another process at
     /// another time, one relative standard deviation. What was fitted does not
     /// tell: `calibrate` measures all its points within minutes. Of times it

@@ -12,15 +12,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::build;
 use crate::calibrate::build_args;
-use crate::chain::{Chain, Policy};
-use crate::cli::{Driver, Output, Validate};
+use crate::cli::{Output, Validate};
 use crate::measure::Temporary;
 use crate::measure::qemu::Qemu;
-use crate::measure::run::{Found, Task};
 use crate::measure::sample::Sample;
-use crate::measure::targets::Targets;
+use crate::measure::subject::Subject;
 use crate::model::calibration::Machine;
-use crate::model::figure::{Figure, Key};
+use crate::model::figure::Key;
 use crate::model::shape::Shape;
 use crate::predict;
 use crate::text::{self, Progress};
@@ -29,9 +27,6 @@ use report::Report;
 
 /// Predictions are further off than they may be.
 const TOO_FAR: u8 = 4;
-/// As with `calibrate`.
-const READS: u64 = 60;
-const DEEPEST_JOB: usize = 200;
 /// Chains that take turns, and are there at a time.
 const BATCH: usize = 8;
 
@@ -108,35 +103,34 @@ pub fn run(args: &Validate) -> Result<u8> {
     Ok(if report.within_limits { 0 } else { TOO_FAR })
 }
 
-/// A chain that is measured.
-struct Subject {
+/// A random chain that is there.
+struct Drawn {
     recipe: Recipe,
     /// Where it is.
     temp: Temporary,
-    top: PathBuf,
-    shape: Shape,
-    targets: Targets,
     qemu: Qemu,
-    found: Found,
+    subject: Subject,
 }
 
 /// Measures the chains of some seeds, in rounds in which each has its turn: what
 /// else goes on lasts for longer than a single chain takes.
 fn measure(args: &Validate, seeds: &[u64]) -> Result<Vec<(u64, Measured)>> {
-    let subjects = seeds.iter().map(|seed| {
-        let subject = Subject::make(args, Recipe::draw(*seed));
-        subject.with_context(|| format!("seed {seed}"))
+    let drawn = seeds.iter().map(|seed| {
+        let drawn = Drawn::make(args, Recipe::draw(*seed));
+        drawn.with_context(|| format!("seed {seed}"))
     });
-    let mut subjects = subjects.collect::<Result<Vec<_>>>()?;
+    let mut drawn = drawn.collect::<Result<Vec<_>>>()?;
     // Or the files would be written while others are measured.
     rustix::fs::sync();
     for round in 0..args.rounds.max(1) {
-        for (subject, seed) in subjects.iter_mut().zip(seeds) {
-            let done = subject.round(args, round == 0);
+        for (drawn, seed) in drawn.iter_mut().zip(seeds) {
+            let Drawn { qemu, temp, .. } = drawn;
+            let queue_depths = &args.prediction.queue_depth;
+            let done = drawn.subject.round(round, qemu, &temp.0, queue_depths);
             done.with_context(|| format!("seed {seed}"))?;
         }
     }
-    let measured = subjects.into_iter().map(Subject::finish);
+    let measured = drawn.into_iter().map(Drawn::finish);
     seeds
         .iter()
         .zip(measured)
@@ -144,52 +138,24 @@ fn measure(args: &Validate, seeds: &[u64]) -> Result<Vec<(u64, Measured)>> {
         .collect()
 }
 
-impl Subject {
+impl Drawn {
     fn make(args: &Validate, recipe: Recipe) -> Result<Self> {
         let temp = Temporary::new(args.programs.temp.as_deref())?;
         let dir = temp.0.join("chain");
         let options: Vec<_> = recipe.options.iter().map(String::as_str).collect();
         let top = PathBuf::from(build::make(&build_args(&dir, &options)?)?.top);
-        let policy = Policy {
-            allow: Vec::new(),
-            max_layers: recipe.layers,
-        };
-        let chain = Chain::open(&top, &policy)?;
-        let (shape, targets) = Targets::draw(&chain, args.programs.driver, READS)?;
+        let qemu = Qemu::new(&args.programs, &top)?;
         Ok(Self {
+            subject: Subject::open(top, recipe.layers, qemu.driver)?,
             recipe,
-            qemu: Qemu::new(&args.programs, &top)?,
             temp,
-            top,
-            shape,
-            targets,
-            found: Found::default(),
+            qemu,
         })
     }
 
-    /// Jobs take longest; once is enough for them.
-    fn round(&mut self, args: &Validate, jobs: bool) -> Result<()> {
-        let shallow = self.recipe.layers <= DEEPEST_JOB || self.qemu.driver == Driver::Rqcow2;
-        let jobs = jobs && shallow;
-        let figures = Figure::ALL.into_iter();
-        let figures: Vec<_> = figures
-            .filter(|figure| jobs || !matches!(figure, Figure::Stream | Figure::Merge))
-            .collect();
-        let task = Task {
-            qemu: &self.qemu,
-            top: &self.top,
-            disk: self.shape.disk,
-            raw: false,
-            targets: &self.targets,
-            temp: &self.temp.0,
-            queue_depths: &args.prediction.queue_depth,
-            figures: &figures,
-        };
-        task.round(&mut self.found)
-    }
-
     fn finish(self) -> Result<Measured> {
-        let crashes = self.found.crashes.iter();
+        let Subject { shape, found, .. } = self.subject;
+        let crashes = found.crashes.iter();
         let crashes = crashes
             .map(|(key, how)| (predict::label(key.figure, key.queue_depth), how.clone()))
             .collect();
@@ -197,9 +163,9 @@ impl Subject {
             recipe: self.recipe,
             machine: Machine::here(),
             qemu: self.qemu.version()?,
-            samples: self.found.samples(),
+            samples: found.samples(),
             crashes,
-            shape: self.shape,
+            shape,
         })
     }
 }
