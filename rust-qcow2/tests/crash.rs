@@ -53,6 +53,7 @@ fn crash(shape: Shape, small: bool, ops: &[Op], cut: f64, mut luck: u64) {
         ..Default::default()
     };
     let file = create(shape, SIZE);
+    file.set_zeroes_fast(luck % 2 == 0);
     let start = file.bytes();
     let _ = file.take_events();
     let image = open(&file, None, &options);

@@ -101,6 +101,7 @@ proptest! {
         ops in prop::collection::vec(op(), 1..40),
         with_backing: bool,
         small: bool,
+        fast: bool,
     ) {
         let backing_bytes: Vec<u8> =
             (0..40_000u32).map(|i| if i / 3000 % 2 == 0 { 0 } else { i as u8 | 1 }).collect();
@@ -111,6 +112,7 @@ proptest! {
         let options = small_caches(small);
         let mut size = 64 << 10;
         let file = create(shape, size);
+        file.set_zeroes_fast(fast);
         let mut image = open(&file, backing.as_ref(), &options);
         let mut model: Vec<u8> = (0..size).map(below).collect();
 

@@ -66,6 +66,12 @@ impl Subclusters {
         let range = Self::range(first, end);
         self.0 & range == range
     }
+
+    /// Whether any of the subclusters `first` to `end` has data.
+    #[must_use]
+    pub const fn have_any_data(self, first: u32, end: u32) -> bool {
+        self.0 & Self::range(first, end) != 0
+    }
 }
 
 /// An L2 entry of any kind: that of a standard image has no subclusters set.

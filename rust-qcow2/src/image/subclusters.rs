@@ -98,6 +98,29 @@ impl<H: Host> Image<H> {
         })
     }
 
+    /// Whether any of `len` bytes from `guest` on is data, in the entries of a
+    /// slice from `index` on, all of which have a host cluster of their own.
+    pub(super) fn is_any_data(
+        &self,
+        slice: &L2Slice,
+        index: usize,
+        guest: GuestOffset,
+        len: u64,
+    ) -> bool {
+        let bits = self.geometry.cluster_bits;
+        let end = guest.add(len);
+        let first = guest.align_down(bits);
+        (0..div_up(end.0 - first.0, 1 << bits)).any(|i| {
+            let found = slice.get(index + i as usize);
+            if self.geometry.has_subclusters() {
+                let (from, to) = self.touched(first.add(i << bits), guest, end);
+                found.subclusters.have_any_data(from, to)
+            } else {
+                !found.entry.has_zero_flag()
+            }
+        })
+    }
+
     /// Which subclusters of the cluster at `cluster` a range of guest bytes
     /// touches.
     fn touched(&self, cluster: GuestOffset, start: GuestOffset, end: GuestOffset) -> (u32, u32) {

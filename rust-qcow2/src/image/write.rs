@@ -32,6 +32,9 @@ pub(super) struct Allocation<H: Host> {
     pub(super) written_end: GuestOffset,
     /// The host clusters were reserved for these guest clusters before.
     reserved: bool,
+    /// Some of what the guest writes is data at this place already, and is to
+    /// be read until then as it was.
+    pub(super) over_data: bool,
     pub(super) done: H::WaitQueue,
 }
 
@@ -45,6 +48,7 @@ impl<H: Host> Allocation<H> {
             written_start: start,
             written_end: end,
             reserved: false,
+            over_data: false,
             done: H::WaitQueue::default(),
         }
     }
@@ -297,6 +301,7 @@ impl<H: Host> Image<H> {
             written_start,
             written_end,
             reserved,
+            over_data: reserved && self.is_any_data(&at.slice, at.index, guest, len),
             done: H::WaitQueue::default(),
         });
         st.allocations.0.push(Arc::clone(&allocation));
