@@ -1,13 +1,16 @@
-//! Writes that fail on the way: what the guest reads afterwards is, sector by
-//! sector, what was there before or what was to be written.
+//! Requests that fail on the way: what the guest reads afterwards is, sector by
+//! sector, what was there before or what was to be there, and the same request
+//! succeeds when the file works again.
 
 mod common;
 
-use common::{EXTENDED, PLAIN, Shape, create, open, read, write};
+use common::{EXTENDED, PLAIN, Shape, TestImage, create, open, read, write, write_compressed};
 use proptest::prelude::*;
+use rust_qcow2::Result;
 use rust_qcow2::host::ZeroFlags;
 use rust_qcow2::host::memory::MemoryFile;
 use rust_qcow2::image::OptionRequest;
+use rust_qcow2::image::check::Fix;
 use rust_qcow2::units::GuestOffset;
 
 const SECTOR: u64 = 512;
@@ -20,81 +23,125 @@ const LARGER: Shape = Shape {
     ..EXTENDED
 };
 
-/// What is done before, to whole parts or sectors.
+/// A request: of sectors, or of the smallest parts or the clusters that it can
+/// be of.
 #[derive(Clone, Copy, Debug)]
 enum Op {
     Write { sector: u64, count: u64 },
     Zeroes { part: u64, count: u64, unmap: bool },
+    Discard { cluster: u64, count: u64 },
+    Compress { cluster: u64 },
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let range = (0..128u64, 1..64u64);
+    let range = (0..128u64, 1..96u64);
+    let clusters = (0..CLUSTERS, 1..=CLUSTERS);
     prop_oneof![
-        range
-            .clone()
-            .prop_map(|(sector, count)| Op::Write { sector, count }),
-        (range, any::<bool>()).prop_map(|((part, count), unmap)| Op::Zeroes { part, count, unmap }),
+        3 => range.clone().prop_map(|(sector, count)| Op::Write { sector, count }),
+        3 => (range, any::<bool>()).prop_map(|((part, count), unmap)| Op::Zeroes { part, count, unmap }),
+        1 => clusters.prop_map(|(cluster, count)| Op::Discard { cluster, count }),
+        1 => (0..CLUSTERS).prop_map(|cluster| Op::Compress { cluster }),
     ]
 }
 
-/// Fails every request of a write from each one on, in a fresh image each time.
-/// Zeroes are written `fast` or not; all of the disk has data at first, or none.
-fn check(shape: Shape, [fast, full]: [bool; 2], ops: &[Op], sector: u64, count: u64) {
-    let cluster = 1u64 << shape.cluster_bits;
-    let part = 1u64 << shape.part_bits();
-    let size = CLUSTERS * cluster;
-    let clip = |number: u64, count: u64, unit: u64| {
+impl Op {
+    /// First byte and length.
+    fn range(self, shape: Shape) -> (u64, u64) {
+        let cluster = 1 << shape.cluster_bits;
+        let (number, count, unit) = match self {
+            Self::Write { sector, count } => (sector, count, SECTOR),
+            Self::Zeroes { part, count, .. } => (part, count, 1 << shape.part_bits()),
+            Self::Discard {
+                cluster: number,
+                count,
+            } => (number, count, cluster),
+            Self::Compress { cluster: number } => (number, 1, cluster),
+        };
+        let size = CLUSTERS * cluster;
         let at = number * unit % size;
         (at, (count * unit).min(size - at))
-    };
-    let below = MemoryFile::new(vec![0; size as usize]);
-    let file = create(shape, size);
-    file.set_zeroes_fast(fast);
-    let image = open(&file, Some(&below), &OptionRequest::default());
-    if full {
-        // One cluster behind the other.
-        write(&image, 0, &vec![0xff; size as usize]).unwrap();
     }
-    for (op, byte) in ops.iter().zip(1..) {
-        match *op {
-            Op::Write { sector, count } => {
-                let (at, len) = clip(sector, count, SECTOR);
-                write(&image, at, &vec![byte; len as usize]).unwrap();
-            }
-            Op::Zeroes {
-                part: number,
-                count,
-                unmap,
-            } => {
-                let (at, len) = clip(number, count, part);
+
+    /// What is read afterwards.
+    fn byte(self, byte: u8) -> u8 {
+        match self {
+            Self::Write { .. } | Self::Compress { .. } => byte,
+            Self::Zeroes { .. } | Self::Discard { .. } => 0,
+        }
+    }
+
+    fn submit(self, image: &TestImage, shape: Shape, byte: u8) -> Result<()> {
+        let (at, len) = self.range(shape);
+        match self {
+            Self::Write { .. } => write(image, at, &vec![byte; len as usize]),
+            Self::Compress { .. } => write_compressed(image, at, &vec![byte; len as usize]),
+            Self::Discard { .. } => image.discard(GuestOffset(at), len),
+            Self::Zeroes { unmap, .. } => {
                 let flags = ZeroFlags {
                     may_unmap: unmap,
                     no_fallback: false,
                 };
-                image.write_zeroes(GuestOffset(at), len, flags).unwrap();
+                image.write_zeroes(GuestOffset(at), len, flags)
             }
         }
+    }
+}
+
+/// Where a test begins.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    shape: Shape,
+    /// The file writes zeroes fast.
+    fast: bool,
+    /// All of the disk has data, one cluster behind the other.
+    full: bool,
+    /// There are zeroes below.
+    empty_below: bool,
+}
+
+/// Fails every request of `last` to the file from each one on, in a fresh image each time.
+fn check(start: Start, ops: &[Op], last: Op) {
+    let shape = start.shape;
+    let size = CLUSTERS << shape.cluster_bits;
+    let below = MemoryFile::new(vec![u8::from(!start.empty_below); size as usize]);
+    let reopened = |bytes: Vec<u8>| {
+        let file = MemoryFile::new(bytes);
+        file.set_zeroes_fast(start.fast);
+        let image = open(&file, Some(&below), &OptionRequest::default());
+        (file, image)
+    };
+    let (file, image) = reopened(create(shape, size).bytes());
+    if start.full {
+        write(&image, 0, &vec![0xff; size as usize]).unwrap();
+    }
+    for (op, byte) in ops.iter().zip(2..) {
+        // Data are not replaced by compressed ones.
+        let _ = op.submit(&image, shape, byte);
     }
     image.inactivate().unwrap();
     drop(image);
     let bytes = file.bytes();
-    let (at, len) = clip(sector, count, SECTOR);
+    let (at, len) = last.range(shape);
+    let new = last.byte(0xfe);
+    if last
+        .submit(&reopened(bytes.clone()).1, shape, 0xfe)
+        .is_err()
+    {
+        return;
+    }
     for steps in 0.. {
-        let file = MemoryFile::new(bytes.clone());
-        file.set_zeroes_fast(fast);
-        let image = open(&file, Some(&below), &OptionRequest::default());
+        let (file, image) = reopened(bytes.clone());
         let before = read(&image, 0, size as usize);
         file.fail_after(Some(steps));
-        let result = write(&image, at, &vec![0xfe; len as usize]);
+        let result = last.submit(&image, shape, 0xfe);
         file.fail_after(None);
         let after = read(&image, 0, size as usize);
         for number in 0..size / SECTOR {
             let range = (number * SECTOR) as usize..((number + 1) * SECTOR) as usize;
             let is_old = after[range.clone()] == before[range.clone()];
-            let is_new = after[range].iter().all(|byte| *byte == 0xfe);
-            let written = (at..at + len).contains(&(number * SECTOR));
+            let is_new = after[range].iter().all(|byte| *byte == new);
             assert!(
-                if written {
+                if (at..at + len).contains(&(number * SECTOR)) {
                     is_new || result.is_err() && is_old
                 } else {
                     is_old
@@ -102,6 +149,23 @@ fn check(shape: Shape, [fast, full]: [bool; 2], ops: &[Op], sector: u64, count: 
                 "sector {number} after a failure of request {steps}: {result:?}"
             );
         }
+        if result.is_err() {
+            last.submit(&image, shape, 0xfe).unwrap();
+        }
+        let after = read(&image, at, len as usize);
+        assert!(
+            after.iter().all(|byte| *byte == new),
+            "not done, request {steps}"
+        );
+        image.inactivate().unwrap();
+        let report = image
+            .check(Fix::default(), &mut |line| println!("{line}"))
+            .unwrap();
+        assert_eq!(
+            (report.corruptions, report.check_errors),
+            (0, 0),
+            "request {steps}"
+        );
         if result.is_ok() {
             break;
         }
@@ -109,19 +173,19 @@ fn check(shape: Shape, [fast, full]: [bool; 2], ops: &[Op], sector: u64, count: 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_write_that_fails_leaves_old_or_new(
+    fn a_request_that_fails_leaves_old_or_new(
         extended: bool,
         fast: bool,
         full: bool,
+        empty_below: bool,
         ops in prop::collection::vec(op(), 0..8),
-        sector in 0..128u64,
-        count in 1..96u64,
+        last in op(),
     ) {
         let shape = if extended { LARGER } else { Shape { cluster_bits: 11, ..PLAIN } };
-        check(shape, [fast, full], &ops, sector, count);
+        check(Start { shape, fast, full, empty_below }, &ops, last);
     }
 }
 
@@ -130,34 +194,36 @@ proptest! {
 /// the data of the second.
 #[test]
 fn zeroes_do_not_go_over_data() {
-    let shape = Shape {
+    let start = |shape| Start {
+        shape,
+        fast: true,
+        full: true,
+        empty_below: true,
+    };
+    let zeroes = |part| Op::Zeroes {
+        part,
+        count: 1,
+        unmap: false,
+    };
+    let clusters = start(Shape {
         cluster_bits: 11,
         ..PLAIN
-    };
-    let per_cluster = 4;
-    let before = [
+    });
+    check(
+        clusters,
+        &[zeroes(0)],
         Op::Write {
-            sector: 0,
-            count: 2 * per_cluster,
+            sector: 2,
+            count: 4,
         },
-        Op::Zeroes {
-            part: 0,
-            count: 1,
-            unmap: false,
-        },
-    ];
-    check(shape, [true, false], &before, 2, per_cluster);
+    );
     // The same with subclusters, of two sectors each.
-    let before = [
+    check(
+        start(LARGER),
+        &[zeroes(4)],
         Op::Write {
-            sector: 0,
-            count: 64,
+            sector: 9,
+            count: 3,
         },
-        Op::Zeroes {
-            part: 4,
-            count: 1,
-            unmap: false,
-        },
-    ];
-    check(LARGER, [true, false], &before, 9, 3);
+    );
 }
