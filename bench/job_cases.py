@@ -164,6 +164,13 @@ def tools(bench):
     yield Row('the same at depth 1000: against reading every L2 table once', 's',
               samples[1000], samples['tables'])
 
+    with bench.ours.probe(chains[1].top) as one, bench.ours.probe(chains[1000].top) as deep:
+        for probe in one, deep:
+            probe.extent()
+        status = turns({1: one.extent, 1000: deep.extent}, bench.rounds)
+    yield Row('block status of the whole disk, asked again, an extent: depth 1000 against 1', 'us',
+              status[1000], status[1])
+
     measures = {}
     for depth, chain in chains.items():
         measures[depth] = lambda top=chain.top: timed(

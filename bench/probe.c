@@ -25,6 +25,8 @@
  *                       loop each, QD requests in each of them
  *   write N             4 KiB writes at the next N offsets of the list, one
  *                       after the other: not for images that others measure
+ *   status              asks for the block status of the whole disk, through all
+ *                       layers, until it ends; counts the extents
  *   spin MS THREADS     arithmetic: what several threads get of the machine
  *   tables FILE         reads pieces of files through the file driver; a line
  *                       for each piece: offset, length, path
@@ -329,6 +331,29 @@ static int read_tables(const char *list)
     return 0;
 }
 
+static int whole_status(void)
+{
+    int64_t length = blk_getlength(blk), offset = 0;
+    uint64_t count = 0;
+    Moment begin = now();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    while (offset < length) {
+        int64_t n;
+        int ret;
+
+        ret = bdrv_block_status_above(blk_bs(blk), NULL, offset,
+                                      length - offset, &n, NULL, NULL);
+        if (ret < 0) {
+            return ret;
+        }
+        offset += n;
+        count++;
+    }
+    answer(begin, count);
+    return 0;
+}
+
 static void *spin_thread(void *opaque)
 {
     Load *load = opaque;
@@ -392,6 +417,8 @@ static int command(char *line)
         ret = read_blocks(0, atoi(words[1]), 1, 0);
         writing = false;
         return ret;
+    } else if (g_str_equal(words[0], "status")) {
+        return whole_status();
     } else if (g_str_equal(words[0], "spin") && n == 3) {
         spin(atoi(words[1]), atoi(words[2]));
         return 0;

@@ -137,6 +137,11 @@ class Probe:
         answer = self.ask(f'write {count}')
         return answer['seconds'] / answer['count'] * 1e6
 
+    def extent(self):
+        """Microseconds for each extent of the block status of the whole disk."""
+        answer = self.ask('status')
+        return answer['seconds'] / answer['count'] * 1e6
+
     def spin(self, milliseconds, threads):
         """Microseconds for each piece of arithmetic."""
         answer = self.ask(f'spin {milliseconds} {threads}')
