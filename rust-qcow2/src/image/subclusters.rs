@@ -84,18 +84,10 @@ impl<H: Host> Image<H> {
         guest: GuestOffset,
         len: u64,
     ) -> bool {
-        if !self.geometry.has_subclusters() {
-            return true;
-        }
-        let bits = self.geometry.cluster_bits;
-        let end = guest.add(len);
-        let first = guest.align_down(bits);
-        let count = div_up(end.0 - first.0, 1 << bits);
-        (0..count).all(|i| {
-            let (from, to) = self.touched(first.add(i << bits), guest, end);
-            let subclusters = slice.get(index + i as usize).subclusters;
-            from >= to || subclusters.have_data(from, to)
-        })
+        !self.geometry.has_subclusters()
+            || self
+                .touched_entries(slice, index, guest, len)
+                .all(|(entry, from, to)| from >= to || entry.subclusters.have_data(from, to))
     }
 
     /// Whether any of `len` bytes from `guest` on is data, in the entries of a
@@ -107,17 +99,31 @@ impl<H: Host> Image<H> {
         guest: GuestOffset,
         len: u64,
     ) -> bool {
+        self.touched_entries(slice, index, guest, len)
+            .any(|(entry, from, to)| {
+                if self.geometry.has_subclusters() {
+                    entry.subclusters.have_any_data(from, to)
+                } else {
+                    !entry.entry.has_zero_flag()
+                }
+            })
+    }
+
+    /// The entries of the clusters that `len` bytes from `guest` on touch, the
+    /// first of which is at `index` of a slice, and which subclusters of each.
+    fn touched_entries<'a>(
+        &'a self,
+        slice: &'a L2Slice,
+        index: usize,
+        guest: GuestOffset,
+        len: u64,
+    ) -> impl Iterator<Item = (ClusterEntry, u32, u32)> + 'a {
         let bits = self.geometry.cluster_bits;
         let end = guest.add(len);
         let first = guest.align_down(bits);
-        (0..div_up(end.0 - first.0, 1 << bits)).any(|i| {
-            let found = slice.get(index + i as usize);
-            if self.geometry.has_subclusters() {
-                let (from, to) = self.touched(first.add(i << bits), guest, end);
-                found.subclusters.have_any_data(from, to)
-            } else {
-                !found.entry.has_zero_flag()
-            }
+        (0..div_up(end.0 - first.0, 1 << bits)).map(move |i| {
+            let (from, to) = self.touched(first.add(i << bits), guest, end);
+            (slice.get(index + i as usize), from, to)
         })
     }
 
