@@ -590,6 +590,10 @@ def crashed_contents(chain, driver, side, flushed, later):
     with open(path, 'rb') as file:
         for low, high in zip(edges, edges[1:]):
             new = {v for a, b, v in later if a < high and low < b}
+            if top.encrypted and 0 in new:
+                # Both drivers punch a hole where the cluster was before the
+                # table that lets go of it is on disk: zeroes, decrypted.
+                continue
             for start, end, value in flushed.runs(low, high):
                 check_run(file, start, end, bytes(new | {value}), f'{top.name} of side {"ab"[side]} after a crash')
     os.remove(path)
