@@ -2,7 +2,7 @@
 //! copies, and how their bitmaps change.
 
 use super::Image;
-use super::map::{Miss, Run, is_bad};
+use super::map::{Miss, Run, SliceAt, is_bad};
 use super::write::{Allocation, Marking};
 use crate::cache::l2::L2Slice;
 use crate::error::Result;
@@ -75,31 +75,19 @@ impl<H: Host> Image<H> {
         })
     }
 
-    /// Whether `len` bytes from `guest` on, in the entries of a slice from
-    /// `index` on, are data altogether.
-    pub(super) fn is_all_data(
-        &self,
-        slice: &L2Slice,
-        index: usize,
-        guest: GuestOffset,
-        len: u64,
-    ) -> bool {
+    /// Whether `len` bytes from `guest` on, whose entries begin at `at`, are data
+    /// altogether.
+    pub(super) fn is_all_data(&self, at: &SliceAt, guest: GuestOffset, len: u64) -> bool {
         !self.geometry.has_subclusters()
             || self
-                .touched_entries(slice, index, guest, len)
+                .touched_entries(at, guest, len)
                 .all(|(entry, from, to)| from >= to || entry.subclusters.have_data(from, to))
     }
 
-    /// Whether any of `len` bytes from `guest` on is data, in the entries of a
-    /// slice from `index` on, all of which have a host cluster of their own.
-    pub(super) fn is_any_data(
-        &self,
-        slice: &L2Slice,
-        index: usize,
-        guest: GuestOffset,
-        len: u64,
-    ) -> bool {
-        self.touched_entries(slice, index, guest, len)
+    /// Whether any of `len` bytes from `guest` on is data. Their entries begin at
+    /// `at`, and all have a host cluster of their own.
+    pub(super) fn is_any_data(&self, at: &SliceAt, guest: GuestOffset, len: u64) -> bool {
+        self.touched_entries(at, guest, len)
             .any(|(entry, from, to)| {
                 if self.geometry.has_subclusters() {
                     entry.subclusters.have_any_data(from, to)
@@ -110,11 +98,10 @@ impl<H: Host> Image<H> {
     }
 
     /// The entries of the clusters that `len` bytes from `guest` on touch, the
-    /// first of which is at `index` of a slice, and which subclusters of each.
+    /// first of which is at `at`, and which subclusters of each.
     fn touched_entries<'a>(
         &'a self,
-        slice: &'a L2Slice,
-        index: usize,
+        at: &'a SliceAt,
         guest: GuestOffset,
         len: u64,
     ) -> impl Iterator<Item = (ClusterEntry, u32, u32)> + 'a {
@@ -123,7 +110,7 @@ impl<H: Host> Image<H> {
         let first = guest.align_down(bits);
         (0..div_up(end.0 - first.0, 1 << bits)).map(move |i| {
             let (from, to) = self.touched(first.add(i << bits), guest, end);
-            (slice.get(index + i as usize), from, to)
+            (at.slice.get(at.index + i as usize), from, to)
         })
     }
 
@@ -138,7 +125,7 @@ impl<H: Host> Image<H> {
     }
 
     /// The guest bytes that a write of `len` bytes at `guest` has to write to
-    /// clusters that are allocated for it, from entry `index` of the slice on.
+    /// clusters that are allocated for it, whose entries begin at `at`.
     ///
     /// In a cluster that has its place already the subclusters at both ends are
     /// filled up, where they have no data yet. In a new place also all data of
@@ -146,8 +133,7 @@ impl<H: Host> Image<H> {
     /// as the backing file goes on doing so.
     pub(super) fn written_range(
         &self,
-        slice: &L2Slice,
-        index: usize,
+        at: &SliceAt,
         guest: GuestOffset,
         len: u64,
         reserved: bool,
@@ -157,8 +143,8 @@ impl<H: Host> Image<H> {
         let end = guest.add(len);
         let cluster = guest.align_down(cluster_bits);
         let last_cluster = GuestOffset(end.0 - 1).align_down(cluster_bits);
-        let last_index = index + ((last_cluster.0 - cluster.0) >> cluster_bits) as usize;
-        let (first, last) = (slice.get(index), slice.get(last_index));
+        let last_index = at.index + ((last_cluster.0 - cluster.0) >> cluster_bits) as usize;
+        let (first, last) = (at.slice.get(at.index), at.slice.get(last_index));
         let first_part = self.geometry.subcluster_index(guest);
         let last_part = self.geometry.subcluster_index(GuestOffset(end.0 - 1));
         if reserved {

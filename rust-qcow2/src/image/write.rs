@@ -283,7 +283,7 @@ impl<H: Host> Image<H> {
             0..count
         };
         let (written_start, written_end) = if self.geometry.has_subclusters() {
-            self.written_range(&at.slice, at.index, guest, len, reserved)
+            self.written_range(&at, guest, len, reserved)
         } else {
             let first = if marked.start == 0 { start } else { guest };
             let behind = start.add(count << bits);
@@ -301,7 +301,7 @@ impl<H: Host> Image<H> {
             written_start,
             written_end,
             reserved,
-            over_data: reserved && self.is_any_data(&at.slice, at.index, guest, len),
+            over_data: reserved && self.is_any_data(&at, guest, len),
             done: H::WaitQueue::default(),
         });
         st.allocations.0.push(Arc::clone(&allocation));
@@ -318,7 +318,7 @@ impl<H: Host> Image<H> {
         len: u64,
     ) -> Option<Range<u64>> {
         if self.geometry.has_subclusters() {
-            let all = self.is_all_data(&at.slice, at.index, guest, len);
+            let all = self.is_all_data(at, guest, len);
             return (!all).then_some(0..count);
         }
         let is_zero = |i: &u64| at.slice.get(at.index + *i as usize).entry.has_zero_flag();
