@@ -24,6 +24,7 @@ class Driver:
         self.name = name
         self.directory = directory
         self.format = format_name
+        self.is_rust = takeover or format_name == 'rqcow2'
         self.env = {k: v for k, v in os.environ.items() if not k.startswith('QEMU_')}
         if takeover:
             self.env['QEMU_RQCOW2_TAKEOVER'] = '1'

@@ -181,10 +181,12 @@ impl<H: Host> Image<H> {
         self.pass_discards(st)
     }
 
-    /// [`Image::reclaim`], and of compressed data whatever nobody refers to.
+    /// [`Image::reclaim`], and of compressed data whatever nobody refers to, and
+    /// everything that the file may have back.
     pub(super) fn reclaim_all(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         self.free_replaced(st)?;
-        self.reclaim(st)
+        self.reclaim(st)?;
+        self.pass_all_discards(st)
     }
 
     /// Frees compressed data that were discarded or written anew. As long as a

@@ -1,8 +1,7 @@
 //! Guest data on their way between the guest and the file that holds them:
 //! the image file, or an external data file.
 
-use super::Image;
-use super::refcounts::Reason;
+use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::host::{File, GuestBuf, Host, Part};
 use crate::units::{GuestOffset, HostOffset};
@@ -116,15 +115,28 @@ impl<H: Host> Image<H> {
         }
     }
 
-    /// Passes it on that a cluster of an external data file is not needed any
-    /// more, where that is wanted. At once: the next write to the guest
-    /// cluster goes to the same place.
-    pub(super) fn discard_external(&self, host: HostOffset, reason: Reason) {
-        if self.shared.read().options.passes(reason) {
-            if let Ok(file) = self.data_file() {
-                // Advice, as for other discards.
-                let _ = file.discard(host.0, self.geometry.cluster_size());
-            }
+    /// Passes it on that clusters are not needed any more whose place stays that
+    /// of the guest cluster. At once: the next write there may come any time.
+    pub(super) fn discard_in_place(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        places: &[HostOffset],
+    ) -> Result<()> {
+        if places.is_empty() {
+            return Ok(());
         }
+        if self.encryption.is_some() {
+            // Until the tables say so a hole is not zeroes, but noise.
+            self.write_slices(st)?;
+            self.host.file().flush()?;
+        }
+        let size = self.geometry.cluster_size();
+        let file = self.data_file()?;
+        let next_to = |a: &HostOffset, b: &HostOffset| a.add(size) == *b;
+        for run in places.chunk_by(next_to) {
+            // Advice, as for other discards.
+            let _ = file.discard(run[0].0, run.len() as u64 * size);
+        }
+        Ok(())
     }
 }

@@ -16,6 +16,10 @@ use crate::units::{ClusterIndex, Hex, HostOffset};
 /// Bits of a refcount table entry that hold the offset of the block.
 pub(super) const TABLE_OFFSET_MASK: u64 = !0x1ff;
 
+/// How many ranges of an encrypted image may wait until they are given back to
+/// the file, before tables are written for their sake.
+const MAX_WAITING_DISCARDS: usize = 1024;
+
 /// The number of a refcount block: its index in the refcount table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct BlockId(pub(super) u64);
@@ -117,6 +121,12 @@ impl<H: Host> Refcounts<H> {
             replaced: Vec::new(),
             flushed_for_replaced: None,
         }
+    }
+
+    /// Whether guests discarded all that goes back to the file.
+    fn only_guest_discards(&self) -> bool {
+        let mut discards = self.discards.iter();
+        discards.all(|(_, _, reason)| *reason == Reason::Request)
     }
 
     /// The raw refcount table.
@@ -395,8 +405,9 @@ impl<H: Host> Image<H> {
         if matches!(change, Change::Sub(_)) && !self.l2.is_clean() {
             self.refcounts_wait_for_l2(st)?;
         }
-        if matches!(change, Change::Add(_)) && !self.needs_accurate_refcounts() {
-            // Nothing else orders the tables of an image whose dirty bit is set.
+        if matches!(change, Change::Add(_)) {
+            // Before anything is written to clusters that tables on disk have
+            // not let go.
             self.settle_freed(st)?;
         }
         for cluster in first..=last {
@@ -468,16 +479,24 @@ impl<H: Host> Image<H> {
     /// Gives freed space back to the file. What a guest discarded may go at
     /// once: zeroes are as good as what was there. Everything else has to wait
     /// until the tables that do not refer to it any more are durable, as after
-    /// a crash the old ones count.
+    /// a crash the old ones count. So has all of an encrypted image, where a
+    /// hole reads as noise; it waits for the guest's next flush.
     pub(super) fn pass_discards(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        let few = st.refcounts.discards.len() < MAX_WAITING_DISCARDS;
+        if self.encryption.is_some() && few && st.refcounts.only_guest_discards() {
+            return Ok(());
+        }
+        self.pass_all_discards(st)
+    }
+
+    /// [`Image::pass_discards`] for what might wait as well.
+    pub(super) fn pass_all_discards(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         if st.refcounts.discards.is_empty() {
             return Ok(());
         }
+        let at_once = self.encryption.is_none() && st.refcounts.only_guest_discards();
         let discards = std::mem::take(&mut st.refcounts.discards);
-        if discards
-            .iter()
-            .any(|(_, _, reason)| *reason != Reason::Request)
-        {
+        if !at_once {
             self.write_back(st)?;
             self.host.file().flush()?;
         }

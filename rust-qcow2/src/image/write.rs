@@ -485,9 +485,7 @@ impl<H: Host> Image<H> {
     pub(super) fn free_entry(&self, st: &mut StateGuard<'_, H>, entry: L2Entry, reason: Reason) {
         let size = self.geometry.cluster_size();
         match self.geometry.mapping(entry) {
-            Mapping::Normal(host) | Mapping::ZeroAllocated(host) if self.has_data_file() => {
-                self.discard_external(host, reason);
-            }
+            // There the guest cluster keeps its place.
             _ if self.has_data_file() => {}
             Mapping::Normal(host) | Mapping::ZeroAllocated(host) => {
                 if host.is_aligned(self.geometry.cluster_bits) {

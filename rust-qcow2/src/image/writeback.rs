@@ -6,7 +6,8 @@
 //!
 //! 1. guest data and copied data come before the L2 entries that point there;
 //! 2. refcounts that grow come before the L2 entries that need them;
-//! 3. L2 entries that let a cluster go come before the refcounts that shrink;
+//! 3. L2 entries that let a cluster go come before the refcounts that shrink,
+//!    and before anything is written there for somebody else;
 //! 4. tables come before the L1 entries, refcount table entries and header
 //!    fields that point to them.
 //!
@@ -63,8 +64,8 @@ impl<H: Host> Image<H> {
         Ok(())
     }
 
-    /// Makes durable that L2 entries let clusters go, before those may be given
-    /// to somebody else.
+    /// Makes durable that L2 entries let clusters go, before those are given to
+    /// somebody else.
     pub(super) fn settle_freed(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         self.settle_refcounts(st)
     }

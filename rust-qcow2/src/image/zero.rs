@@ -257,6 +257,7 @@ impl<H: Host> Image<H> {
             }
             let at = self.entry_for_change(st, guest)?;
             let here = count.min((at.slice.len() - at.index) as u64);
+            let mut holes = Vec::new();
             for i in 0..here {
                 let index = at.index + i as usize;
                 let old = at.slice.get(index);
@@ -268,26 +269,32 @@ impl<H: Host> Image<H> {
                 self.links().changed(guest.0 + (i << bits), 1 << bits);
                 if new.free {
                     self.free_entry(st, old.entry, reason);
-                } else if let Some(host) = self.geometry.mapping(old.entry).host_cluster() {
-                    // The reference stays, the space goes, unless a snapshot
-                    // has it as well.
-                    let options = self.shared.read().options;
-                    if options.discard_no_unref
-                        && options.discard_request
-                        && reason == Reason::Request
-                        && new.entry == self.zero_entry(new.entry.entry)
-                        && old.entry.copied()
-                    {
-                        let size = self.geometry.cluster_size();
-                        let _ = self.data_file()?.discard(host.0, size);
-                    }
+                }
+                if self.leaves_hole(old.entry, &new, reason) {
+                    holes.extend(self.geometry.mapping(old.entry).host_cluster());
                 }
             }
+            self.discard_in_place(st, &holes)?;
             guest = guest.add(here << bits);
             count -= here;
         }
         // What was freed may have shown that the image is damaged.
         self.ensure_usable()?;
         Ok(())
+    }
+
+    /// Whether the space of a cluster goes although its place remains that of
+    /// the guest cluster.
+    fn leaves_hole(&self, old: L2Entry, new: &NewEntry, reason: Reason) -> bool {
+        let options = self.shared.read().options;
+        if new.free {
+            return self.has_data_file() && options.passes(reason);
+        }
+        // The reference stays; a snapshot may have the cluster as well.
+        options.discard_no_unref
+            && options.discard_request
+            && reason == Reason::Request
+            && new.entry == self.zero_entry(new.entry.entry)
+            && old.copied()
     }
 }
