@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
+use super::pending::Allocation;
 use super::refcounts::{Change, Reason};
-use super::write::Allocation;
 use super::{Image, MAX_PIECES, MAX_WORKERS, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::{CompressedExtent, L2Entry, MetadataKind, OFFSET_MASK};

@@ -1,6 +1,7 @@
 //! Copy-on-write: what new clusters hold beside the data that is written.
 
-use super::write::{Allocation, Piece};
+use super::pending::Allocation;
+use super::write::Piece;
 use super::{Image, StateGuard};
 use crate::chain::walk::{Source, find};
 use crate::error::{Error, Result};

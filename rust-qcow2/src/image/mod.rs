@@ -34,6 +34,7 @@ pub mod measure;
 pub(crate) mod open;
 mod options;
 mod overlap;
+mod pending;
 mod pieces;
 mod read;
 mod refcounts;
@@ -73,8 +74,8 @@ use inflight::InFlight;
 pub(crate) use inflight::{Held, Token};
 use l1::L1Table;
 pub(crate) use map::Run;
+use pending::PendingAllocations;
 pub(crate) use pieces::{NumberedEntry, TablePiece};
-use write::PendingAllocations;
 
 /// An open image. What a read by an image above needs of it comes first: see
 /// [`Image::hot_memory`].

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
+use super::pending::Marking;
 use super::refcounts::Reason;
 use super::subclusters::kept;
-use super::write::Marking;
 use super::zero::After;
 use super::{Image, Options, StateGuard};
 use crate::error::{Error, Result};

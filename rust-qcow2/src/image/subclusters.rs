@@ -3,7 +3,7 @@
 
 use super::Image;
 use super::map::{Miss, Run, SliceAt, is_bad};
-use super::write::{Allocation, Marking};
+use super::pending::{Allocation, Marking};
 use crate::cache::l2::L2Slice;
 use crate::error::Result;
 use crate::format::subclusters::{ClusterEntry, SUBCLUSTERS, Subclusters};
