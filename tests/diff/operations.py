@@ -471,7 +471,8 @@ def rebase(chain, rng):
         chain.both('qemu-img', args)
     elif chain.with_secrets(chain.layers[-2]):
         return      # it opens them by what the header says alone
-    elif draw < 0.6 or len(chain.layers) < 3:
+    elif draw < 0.6 or len(chain.layers) < 3 or top.encrypted:
+        # Opened by options with its key, it has no name that others are relative to.
         chain.both('qemu-img', ['rebase', '-q', '-b', '', *chain.image(top)])
         del chain.layers[:-1]
     else:
