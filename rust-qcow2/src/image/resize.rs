@@ -190,15 +190,18 @@ impl<H: Host> Image<H> {
         // would show its old content.
         let file = self.host.file();
         st.data_floor = div_up(file.length()?, self.geometry.cluster_size());
-        let result = self.preallocate(st, GuestOffset(old), new - old, Marking::Reserved);
-        st.data_floor = 0;
-        let end = result.map_err(|error| error.context("Allocating clusters failed"))?;
         // Reading what was allocated last must not go beyond the end of file.
-        let end = round_up(end.0, self.geometry.cluster_bits);
-        if file.length()? < end {
-            file.truncate(end, false, Preallocation::Off, false)?;
-        }
-        Ok(())
+        let grow = |host: HostOffset, len| {
+            let end = round_up(host.0 + len, self.geometry.cluster_bits);
+            if file.length()? < end {
+                file.truncate(end, false, Preallocation::Off, false)?;
+            }
+            Ok(false)
+        };
+        let area = (GuestOffset(old), new - old);
+        let result = self.preallocate(st, area, Marking::Reserved, grow);
+        st.data_floor = 0;
+        result.map_err(|error| error.context("Allocating clusters failed"))
     }
 
     /// Maps the new area to the external data file, which grows in the way of
@@ -213,7 +216,8 @@ impl<H: Host> Image<H> {
         if new == old {
             return Ok(());
         }
-        self.preallocate(st, GuestOffset(old), new - old, Marking::Reserved)
+        let area = (GuestOffset(old), new - old);
+        self.preallocate(st, area, Marking::Reserved, |_, _| Ok(false))
             .map_err(|error| error.context("Allocating clusters failed"))?;
         let file = self.data_file()?;
         if file.length()? < new {
@@ -374,9 +378,9 @@ impl<H: Host> Image<H> {
         self.read_bytes_locked(st, cluster, &mut bytes)?;
         let first = (at - cluster.0) as usize;
         bytes[first..first + len as usize].fill(0);
-        let end = self.preallocate(st, cluster, 1 << bits, Marking::Written)?;
-        self.write_data(cluster, HostOffset(end.0 - (1 << bits)), &bytes)?;
-        self.l2_waits_for_data(st);
-        Ok(())
+        let area = (cluster, 1 << bits);
+        self.preallocate(st, area, Marking::Written, |host, _| {
+            self.write_data(cluster, host, &bytes).map(|()| true)
+        })
     }
 }

@@ -293,39 +293,37 @@ impl<H: Host> Image<H> {
         self.end_allocation(&mut self.lock(), allocation, result, Marking::Written)
     }
 
-    /// Gives `len` bytes from `guest` on host clusters without writing data;
-    /// what shares a cluster with them is copied. Returns the host offset
-    /// behind the last byte.
+    /// Gives an area, first byte and length, on host clusters; what shares a
+    /// cluster with it is copied. Before the L2 entries say where a part of it
+    /// is `prepare` is called with that place and length, and tells whether it
+    /// has written there.
     pub(super) fn preallocate(
         &self,
         st: &mut StateGuard<'_, H>,
-        mut guest: GuestOffset,
-        mut len: u64,
+        (mut guest, mut len): (GuestOffset, u64),
         marking: Marking,
-    ) -> Result<HostOffset> {
-        let mut end = HostOffset(0);
+        mut prepare: impl FnMut(HostOffset, u64) -> Result<bool>,
+    ) -> Result<()> {
         while len > 0 {
             let Some(piece) = self.plan(st, guest, len, None, true)? else {
                 return Err(Error::errno(libc::EAGAIN));
             };
-            let Piece {
-                len: done,
-                host,
-                allocation,
-                token,
-                ..
-            } = piece;
-            drop(token);
-            let behind = guest.add(done);
-            if let Some(allocation) = allocation {
-                let copied = self.copy_ends(st, &allocation, guest, behind);
-                self.end_allocation(st, &allocation, copied, marking)?;
+            drop(piece.token);
+            let behind = guest.add(piece.len);
+            let written = prepare(piece.host, piece.len);
+            if let Some(allocation) = piece.allocation {
+                let written = written.and_then(|written| {
+                    let copied = self.copy_ends(st, &allocation, guest, behind)?;
+                    Ok(written || copied)
+                });
+                self.end_allocation(st, &allocation, written, marking)?;
+            } else {
+                written?;
             }
-            end = end.max(host.add(done));
             guest = behind;
-            len -= done;
+            len -= piece.len;
         }
-        Ok(end)
+        Ok(())
     }
 }
 
