@@ -30,12 +30,22 @@ enum Op {
     Create,
     Apply(usize),
     Delete(usize),
-    Resize(u64),
+    Resize(u64, Preallocation),
     Flush,
     Reopen,
     Empty,
     Width(u32),
     Version(u32),
+}
+
+fn resize() -> impl Strategy<Value = Op> {
+    let how = prop_oneof![
+        Just(Preallocation::Off),
+        Just(Preallocation::Metadata),
+        Just(Preallocation::Falloc),
+        Just(Preallocation::Full),
+    ];
+    (1..SIZE / SECTOR * 2, how).prop_map(|(sectors, how)| Op::Resize(sectors * SECTOR, how))
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -48,7 +58,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Create),
         2 => (0..8usize).prop_map(Op::Apply),
         3 => (0..8usize).prop_map(Op::Delete),
-        1 => (1..SIZE / SECTOR * 2).prop_map(|sectors| Op::Resize(sectors * SECTOR)),
+        1 => resize(),
         1 => Just(Op::Flush),
         1 => Just(Op::Reopen),
         1 => Just(Op::Empty),
@@ -154,11 +164,15 @@ impl Run {
                 }
             }
             // Not in version 2 with snapshots.
-            Op::Resize(_) if self.image.info().version < 3 && !self.model.snapshots.is_empty() => {}
-            Op::Resize(size) => {
-                self.image
-                    .resize(size, true, Preallocation::Off, true)
-                    .unwrap();
+            Op::Resize(..) if self.image.info().version < 3 && !self.model.snapshots.is_empty() => {
+            }
+            Op::Resize(size, how) => {
+                let how = if size < self.model.disk.len() as u64 {
+                    Preallocation::Off
+                } else {
+                    how
+                };
+                self.image.resize(size, true, how, true).unwrap();
                 self.model.disk.resize(size as usize, 0);
             }
             Op::Flush => {
@@ -289,6 +303,188 @@ fn begin(shape: Shape, small: bool) -> Run {
     }
 }
 
+/// What is changed as a whole, and may fail on the way.
+fn change() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        Just(Op::Create),
+        (0..8usize).prop_map(Op::Apply),
+        (0..8usize).prop_map(Op::Delete),
+        resize(),
+        Just(Op::Empty),
+        (0..=6u32).prop_map(Op::Width),
+        (2..=3u32).prop_map(Op::Version),
+    ]
+}
+
+impl Run {
+    /// The same run, from a copy of its file.
+    fn again(&self, bytes: &[u8]) -> Self {
+        let file = MemoryFile::new(bytes.to_vec());
+        Self {
+            image: open(&file, None, &self.options),
+            file,
+            options: self.options.clone(),
+            model: self.model.clone(),
+        }
+    }
+
+    /// Does one operation that may fail.
+    fn attempt(&self, op: &Op) -> rust_qcow2::Result<()> {
+        match *op {
+            Op::Create => {
+                let new = NewSnapshot {
+                    name: b"last".to_vec(),
+                    ..NewSnapshot::default()
+                };
+                self.image.create_snapshot(&new).map(drop)
+            }
+            Op::Apply(index) => match self.pick(index) {
+                Some((id, _)) => self.image.apply_snapshot(&id),
+                None => Ok(()),
+            },
+            Op::Delete(index) => match self.pick(index) {
+                Some((id, _)) => self.image.delete_snapshot(Some(&id), None),
+                None => Ok(()),
+            },
+            Op::Resize(size, how) => self.image.resize(size, true, how, true),
+            Op::Empty => self.image.make_empty(),
+            Op::Width(order) => {
+                let order = RefcountOrder::new(order).unwrap();
+                self.image
+                    .change_refcount_width(order, &mut |_, _| ())
+                    .map(drop)
+            }
+            Op::Version(version) => match (self.image.info().version, version) {
+                (3, 2) => self.image.downgrade(&mut |_, _| ()),
+                (2, 3) => self.image.upgrade(&mut |_, _| ()),
+                _ => Ok(()),
+            },
+            _ => unreachable!("not a change of the whole"),
+        }
+    }
+
+    /// Ends the use of the image, and returns what it holds; leaks are repaired.
+    fn end(self) -> Model {
+        self.image.inactivate().unwrap();
+        let image = open(&self.file, None, &self.options);
+        let mut low = Vec::new();
+        let mut keep = |line: &str| {
+            if !line.starts_with("Leaked cluster") && !line.contains("OFLAG_COPIED") {
+                low.push(line.to_owned());
+            }
+        };
+        image.check(Fix::default(), &mut keep).unwrap();
+        assert!(low.is_empty(), "{low:?}");
+        content(&self.file, image.size())
+    }
+}
+
+/// Fails `last` at `bad` requests to the file from each one on, in a fresh image each time.
+fn check_failures(run: &Run, last: &Op, bad: usize) {
+    let bytes = run.file.bytes();
+    let before = run.again(&bytes).end();
+    let good = run.again(&bytes);
+    if good.attempt(last).is_err() {
+        // Not for this image.
+        return;
+    }
+    let after = good.end();
+    let same = |found: &Model| {
+        if let Op::Empty | Op::Resize(..) = last {
+            // Not done at one stroke; what snapshots show ends where the disk does.
+            let size = found.disk.len();
+            let both = before.disk.iter().zip(&after.disk);
+            for (found, (before, after)) in found.disk.iter().zip(both) {
+                assert!(found == before || found == after);
+            }
+            let seen = |model: &Model| {
+                let mut contents: Vec<_> = model.snapshots.clone();
+                contents
+                    .iter_mut()
+                    .for_each(|(_, content)| content.truncate(size));
+                contents
+            };
+            (size == before.disk.len() || size == after.disk.len())
+                && (seen(found) == seen(&before) || seen(found) == seen(&after))
+        } else {
+            *found == before || *found == after
+        }
+    };
+    for steps in 0.. {
+        let failing = run.again(&bytes);
+        failing.file.fail_some(steps, bad);
+        let result = failing.attempt(last);
+        failing.file.fail_after(None);
+        if result.is_ok() {
+            break;
+        }
+        // The process ends instead.
+        let left = failing.again(&failing.file.bytes()).end();
+        assert!(same(&left), "request {steps}: lost when the process ended");
+        if steps % 3 == 0 && !failing.image.is_broken() {
+            // It goes on for a while, which takes clusters, and ends then.
+            let size = failing.image.size().min(16 * SECTOR);
+            write(&failing.image, 0, &vec![0x99; size as usize]).unwrap();
+            let left = failing.again(&failing.file.bytes()).end();
+            // As if that had not been written.
+            let without = |model: &Model| {
+                let mut left = left.clone();
+                let old = model.disk.chunks(SECTOR as usize);
+                for (sector, old) in left.disk.chunks_mut(SECTOR as usize).zip(old) {
+                    if sector.len() == old.len() && sector.iter().all(|byte| *byte == 0x99) {
+                        sector.copy_from_slice(old);
+                    }
+                }
+                left
+            };
+            assert!(
+                same(&without(&before)) || same(&without(&after)),
+                "request {steps}: lost when the process went on and ended"
+            );
+            continue;
+        }
+        if failing.image.is_broken() {
+            // Repaired when it is opened.
+            let found = failing.end();
+            assert!(same(&found), "request {steps}: lost when opened again");
+        } else if steps % 2 == 1 {
+            match failing.attempt(last) {
+                Ok(()) => {}
+                // What failed was to give back the space of a snapshot that is gone.
+                Err(error) if error.code() == libc::ENOENT => {
+                    assert!(matches!(last, Op::Delete(_)));
+                }
+                // Counts that could not be taken back. They may be too small to do
+                // again what was done but for them.
+                Err(error) => {
+                    failing.out_of_counts(&error);
+                    let _ = failing.attempt(last);
+                }
+            }
+            let found = failing.end();
+            assert!(
+                found == after,
+                "request {steps}: tried again, not as it should be"
+            );
+        } else {
+            let size = failing.image.size();
+            let disk = read(&failing.image, 0, size as usize);
+            let found = failing.end();
+            // The new size may be in the header although that was not flushed.
+            let len = disk.len().min(found.disk.len());
+            assert!(
+                disk[..len] == found.disk[..len]
+                    && (disk.len() == found.disk.len() || matches!(last, Op::Resize(..))),
+                "request {steps}: another disk when opened again"
+            );
+            assert!(
+                same(&found),
+                "request {steps}: neither as before nor as after"
+            );
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
@@ -386,5 +582,21 @@ proptest! {
             Some((_, after, false)) => same(after),
         };
         prop_assert!(right, "found {} snapshots", found.snapshots.len());
+    }
+
+    #[test]
+    fn a_change_that_fails_leaves_disk_and_snapshots(
+        shape in shape(),
+        small: bool,
+        ops in prop::collection::vec(op(), 1..16),
+        last in change(),
+        bad in prop_oneof![1..4usize, Just(usize::MAX)],
+    ) {
+        let mut run = begin(shape, small);
+        for (number, op) in ops.iter().enumerate() {
+            run.do_one(number, op);
+        }
+        run.image.inactivate().unwrap();
+        check_failures(&run, &last, bad);
     }
 }

@@ -29,8 +29,10 @@ const MAX_LENGTH: u64 = 256 << 20;
 struct Inner {
     bytes: Vec<u8>,
     events: Vec<Event>,
-    /// Fail the write or flush after this many more.
-    fail_in: Option<usize>,
+    /// Writes and flushes until the first that fails.
+    good: usize,
+    /// How many fail then.
+    bad: usize,
     /// Zeroes are written fast.
     zeroes_fast: bool,
 }
@@ -64,7 +66,14 @@ impl MemoryFile {
     /// Makes every write and flush after the next `count` fail with `EIO`;
     /// `None` ends that.
     pub fn fail_after(&self, count: Option<usize>) {
-        self.0.lock().fail_in = count;
+        self.fail_some(count.unwrap_or(0), count.map_or(0, |_| usize::MAX));
+    }
+
+    /// Makes `bad` writes and flushes after the next `good` ones fail with `EIO`.
+    pub fn fail_some(&self, good: usize, bad: usize) {
+        let mut inner = self.0.lock();
+        inner.good = good;
+        inner.bad = bad;
     }
 
     /// Says whether zeroes are written faster than other bytes. They are not,
@@ -76,10 +85,11 @@ impl MemoryFile {
 
 impl Inner {
     fn step(&mut self, event: Event) -> Result<()> {
-        match &mut self.fail_in {
-            Some(0) => return Err(Error::errno(libc::EIO)),
-            Some(left) => *left -= 1,
-            None => {}
+        if self.good > 0 {
+            self.good -= 1;
+        } else if self.bad > 0 {
+            self.bad -= 1;
+            return Err(Error::errno(libc::EIO));
         }
         let end = match &event {
             Event::Write(offset, bytes) => offset.saturating_add(bytes.len() as u64),

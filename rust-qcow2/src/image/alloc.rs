@@ -184,6 +184,7 @@ impl<H: Host> Image<H> {
     /// [`Image::reclaim`], and of compressed data whatever nobody refers to, and
     /// everything that the file may have back.
     pub(super) fn reclaim_all(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.settle_pointer(st)?;
         self.free_replaced(st)?;
         self.reclaim(st)?;
         self.pass_all_discards(st)

@@ -31,6 +31,13 @@ impl<H: Host> Image<H> {
         self.host.file().write(0, &bytes)
     }
 
+    /// [`Image::update_header`] where it is as a whole a pointer, to be had or
+    /// not: see [`Image::write_pointer`].
+    pub(super) fn switch_header(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        let bytes = self.shared.write().encode()?;
+        self.write_pointer(st, MetadataKind::MAIN_HEADER, 0, &bytes)
+    }
+
     /// Sets the dirty bit before the first write whose refcounts come late.
     pub(super) fn mark_dirty(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         let bits = self.shared.read().header.incompatible;
@@ -141,7 +148,7 @@ impl<H: Host> Image<H> {
         self.broken.load(Ordering::Acquire)
     }
 
-    /// Ends the use of the image: every further request fails with `EIO`. For
+    /// Ends the use of the image: every further request fails with `ENOMEDIUM`. For
     /// the surroundings, when they cannot trust its state any more.
     pub fn set_broken(&self) {
         self.broken.store(true, Ordering::Release);

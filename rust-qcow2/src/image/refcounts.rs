@@ -398,6 +398,7 @@ impl<H: Host> Image<H> {
         if len == 0 {
             return Ok(());
         }
+        self.settle_pointer(st)?;
         self.host.event(Event::RefblockAlloc);
         self.host.event(Event::RefblockLoad);
         let first = self.geometry.cluster_of(offset).0;
@@ -491,6 +492,7 @@ impl<H: Host> Image<H> {
 
     /// [`Image::pass_discards`] for what might wait as well.
     pub(super) fn pass_all_discards(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.ensure_usable()?;
         if st.refcounts.discards.is_empty() {
             return Ok(());
         }

@@ -15,7 +15,9 @@
 //! remembers which cache has to be on disk before the other may be written,
 //! and every write of a cached table goes through [`Image::write_slice`] or
 //! [`Image::write_refcount_block`]. The fourth is kept by writing table, then
-//! flushing, then writing the pointer: [`Image::write_pointer`].
+//! flushing, then writing the pointer: [`Image::write_pointer`]. Where that
+//! fails, and the file may have the new pointer nevertheless, the old one is
+//! written again before anything that the new one refers to is given away.
 
 use std::sync::Arc;
 
@@ -25,6 +27,9 @@ use crate::cache::l2::L2Slice;
 use crate::error::Result;
 use crate::format::entry::MetadataKind;
 use crate::host::{Event, File, Host};
+
+/// What a device writes at one stroke, in bytes.
+const SECTOR: u64 = 512;
 
 /// What has to be durable before cached tables may be written.
 ///
@@ -37,6 +42,8 @@ pub(super) struct Order {
     l2_after_data: bool,
     /// Refcount blocks wait for all L2 slices that are dirty.
     refcounts_after_l2: bool,
+    /// What the file has to say again at an offset, if it does not.
+    old_pointer: Option<(u64, Vec<u8>)>,
 }
 
 impl<H: Host> Image<H> {
@@ -131,6 +138,7 @@ impl<H: Host> Image<H> {
     /// Writes all dirty tables, each after what it waits for. Refcounts of an
     /// image whose dirty bit is set stay in memory: they are rebuilt anyway.
     pub(super) fn write_back(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        self.settle_pointer(st)?;
         self.write_slices(st)?;
         if self.needs_accurate_refcounts() {
             let dirty = st.refcounts.dirty_blocks();
@@ -167,6 +175,9 @@ impl<H: Host> Image<H> {
 
     /// Writes something that points to a table, between two flushes: what it
     /// points to is durable before, and the pointer itself after.
+    ///
+    /// Where that fails the caller goes on with the old pointer, and the file
+    /// gets it back: at once or, if that fails as well, before counts change.
     pub(super) fn write_pointer(
         &self,
         st: &mut StateGuard<'_, H>,
@@ -174,11 +185,38 @@ impl<H: Host> Image<H> {
         offset: u64,
         bytes: &[u8],
     ) -> Result<()> {
+        self.settle_pointer(st)?;
         self.ensure_no_overlap(st, kind, offset, bytes.len() as u64)?;
         let file = self.host.file();
+        if bytes.is_empty() {
+            return file.flush();
+        }
+        let mut before = vec![0; bytes.len()];
+        file.read(offset, &mut before)?;
         file.flush()?;
-        file.write(offset, bytes)?;
-        file.flush()
+        let written = file.write(offset, bytes);
+        // A sector is written or not.
+        let last = offset + bytes.len() as u64 - 1;
+        let changed = written.is_ok() || offset / SECTOR != last / SECTOR;
+        let result = written.and_then(|()| file.flush());
+        if result.is_err() && changed {
+            st.order.old_pointer = Some((offset, before));
+            let _ = self.settle_pointer(st);
+        }
+        result
+    }
+
+    /// Puts a pointer back whose change has failed. Until then the file may
+    /// refer to what memory knows nothing of, so nothing of that is given away.
+    pub(super) fn settle_pointer(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if let Some((offset, bytes)) = st.order.old_pointer.take() {
+            let result = self.host.file().write(offset, &bytes);
+            if result.is_err() {
+                st.order.old_pointer = Some((offset, bytes));
+            }
+            return result;
+        }
+        Ok(())
     }
 
     fn put_slice(&self, st: &mut StateGuard<'_, H>, slice: &Arc<L2Slice>) -> Result<()> {

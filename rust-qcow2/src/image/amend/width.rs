@@ -57,13 +57,14 @@ impl<H: Host> Image<H> {
             blocks: Vec::new(),
             place: None,
         };
-        if let Err(error) = self.make_new_table(&mut st, &mut new, tell) {
+        let made = self.make_new_table(&mut st, &mut new, tell);
+        let result = made.and_then(|()| self.switch_to(&mut st, &new));
+        if result.is_err() {
             for (offset, len) in new.parts(self.geometry.cluster_size()) {
                 self.free_table(&mut st, offset, len);
             }
-            return Err(error);
         }
-        self.switch_to(&mut st, &new)
+        result
     }
 
     /// Gives back what another image, whose place this one has taken, had.
@@ -269,11 +270,7 @@ impl<H: Host> Image<H> {
             )),
         };
         self.set_width(new.order, offset, clusters);
-        let written = self
-            .update_header(st)
-            .and_then(|()| self.host.file().flush());
-        if let Err(error) = written {
-            // Which of the two is in the file is not known; neither is given back.
+        if let Err(error) = self.switch_header(st) {
             if let Some((offset, clusters)) = old.place {
                 self.set_width(old.order, offset, clusters);
             }
