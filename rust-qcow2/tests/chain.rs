@@ -5,8 +5,10 @@ mod common;
 use std::sync::Arc;
 
 use common::{EXTENDED, Shape, TestImage, WRITABLE, create, read, write};
+use parking_lot::Mutex;
 use proptest::prelude::*;
 use rust_qcow2::host::ZeroFlags;
+use rust_qcow2::host::local::SharedBuf;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::image::{Image, OptionRequest};
 use rust_qcow2::units::GuestOffset;
@@ -18,7 +20,7 @@ fn overlay(file: &MemoryFile, below: Option<Arc<TestImage>>, raw: Option<MemoryF
         file: file.clone(),
         // Where there is a layer below, QEMU has a node for it as well.
         backing: raw,
-        layer_below: parking_lot::Mutex::new(below),
+        layer_below: Mutex::new(below),
         ..Default::default()
     };
     Image::open(host, WRITABLE, &OptionRequest::default()).unwrap()
@@ -99,6 +101,41 @@ proptest! {
             prop_assert!(read(&image, 0, size as usize) == model);
             below = Some(Arc::new(image));
         }
+    }
+}
+
+/// A layer that cannot be read takes away what it maps and what is below, as
+/// long as it cannot be read, and nothing above.
+#[test]
+fn an_unreadable_layer_hides_nothing_above() {
+    let cluster = 1 << PLAIN.cluster_bits;
+    let size = 8 * cluster;
+    let files: Vec<_> = (1..=5u8)
+        .map(|byte| {
+            let file = create(PLAIN, size);
+            let image = overlay(&file, None, None);
+            let data = vec![byte; cluster as usize];
+            write(&image, u64::from(byte) * cluster, &data).unwrap();
+            image.inactivate().unwrap();
+            file
+        })
+        .collect();
+    for (broken, file) in (1..5u8).zip(&files) {
+        let layer = |below, file| Some(Arc::new(overlay(file, below, None)));
+        let top = files.iter().fold(None, layer).unwrap();
+        let is_readable = |byte: u8| {
+            let memory = Mutex::new(vec![0; cluster as usize]);
+            let at = GuestOffset(u64::from(byte) * cluster);
+            let result = top.read(at, cluster, SharedBuf(&memory), 0);
+            assert!(result.is_err() || memory.into_inner().iter().all(|found| *found == byte));
+            result.is_ok()
+        };
+        file.set_unreadable(true);
+        for byte in (1..=5).rev().chain(1..=5) {
+            assert_eq!(is_readable(byte), byte > broken, "{byte} without {broken}");
+        }
+        file.set_unreadable(false);
+        assert!((1..=5).all(is_readable));
     }
 }
 

@@ -31,8 +31,10 @@ impl<H: Host> View<H> {
     /// them, those around it. Returns false where layers change too fast for
     /// that; the caller has to walk through them.
     ///
+    /// What a layer cannot tell, as its file cannot be read, has to be asked for.
+    ///
     /// # Errors
-    /// Those of the layers' files.
+    /// `ENOMEM`.
     #[cold]
     pub(super) fn fill(
         &self,

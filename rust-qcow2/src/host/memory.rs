@@ -33,6 +33,8 @@ struct Inner {
     good: usize,
     /// How many fail then.
     bad: usize,
+    /// Reads fail.
+    unreadable: bool,
     /// Zeroes are written fast.
     zeroes_fast: bool,
 }
@@ -74,6 +76,11 @@ impl MemoryFile {
         let mut inner = self.0.lock();
         inner.good = good;
         inner.bad = bad;
+    }
+
+    /// Makes every read fail with `EIO`, or ends that.
+    pub fn set_unreadable(&self, unreadable: bool) {
+        self.0.lock().unreadable = unreadable;
     }
 
     /// Says whether zeroes are written faster than other bytes. They are not,
@@ -121,6 +128,9 @@ impl super::File for MemoryFile {
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let inner = self.0.lock();
+        if inner.unreadable {
+            return Err(Error::errno(libc::EIO));
+        }
         let start = (offset.min(inner.bytes.len() as u64)) as usize;
         let len = buf.len().min(inner.bytes.len() - start);
         buf[..len].copy_from_slice(&inner.bytes[start..start + len]);

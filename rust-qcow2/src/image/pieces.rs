@@ -60,7 +60,9 @@ impl<H: Host> Image<H> {
     /// before, and is left for the next one.
     ///
     /// The table may change or go meanwhile; then those who watch the image
-    /// have been told, or the entries say nothing.
+    /// have been told, or the entries say nothing. They say nothing either where
+    /// the table cannot be read: whoever asks the image gets the error, and
+    /// later perhaps the answer.
     pub(crate) fn read_piece(
         &self,
         piece: &TablePiece,
@@ -84,7 +86,10 @@ impl<H: Host> Image<H> {
             if let Some(memory) = memory {
                 self.host.event(Event::L2Load);
                 let offset = table.add((first as u64) << bits);
-                self.host.file().read(offset.0, &mut memory[..len])?;
+                if self.host.file().read(offset.0, &mut memory[..len]).is_err() {
+                    // Only who needs this layer is to hear of that.
+                    return unknown();
+                }
             }
         }
         let per_slice = self.l2.slice_size() >> bits;
