@@ -154,16 +154,25 @@ proptest! {
         first in several(),
         second in several(),
         fail_after in 0..120usize,
+        bad in prop_oneof![1..4usize, Just(usize::MAX)],
+        again: bool,
     ) {
         let file = create(shape(9, order), SIZE);
         let image = open(&file, None, &OptionRequest::default());
         store(&image, &first).unwrap();
         image.inactivate().unwrap();
         let image = open(&file, None, &OptionRequest::default());
-        file.fail_after(Some(fail_after));
+        file.fail_some(fail_after, bad);
         let marked = image.mark_bitmaps_in_use().is_ok();
         let stored = marked && store(&image, &second).is_ok();
         file.fail_after(None);
+        // The process ends there.
+        let left = MemoryFile::new(file.bytes());
+        prop_assert_eq!(check(&left).0, 0);
+        let got = valid(&reopen(&left, WRITABLE).0);
+        prop_assert!(got.is_empty() || got == first || got == second);
+        let again = !stored && again && image.mark_bitmaps_in_use().is_ok();
+        let stored = stored || again && store(&image, &second).is_ok();
         let _ = image.inactivate();
         drop(image);
         prop_assert_eq!(check(&file).0, 0);
