@@ -461,25 +461,25 @@ fn bitmaps_are_counted() {
 
 #[test]
 fn a_failing_file_ends_a_repair_with_an_error_and_can_be_repaired_again() {
-    for good in 0..30 {
-        let file = sample(4);
-        poke_refcount(&file, 0, 0);
-        poke_refcount(&file, 10, 9);
-        let image = open(&file);
-        file.fail_after(Some(good));
-        let (result, _) = checked(&image, ALL);
-        file.fail_after(None);
-        let failed = result.is_err();
-        drop(image);
-        let (report, lines) = check(&file, ALL);
-        assert_eq!(findings(&report)[..3], [0, 0, 0], "{lines:?}");
-        assert_sound(&file);
-        if !failed {
-            assert!(good > 3);
-            return;
-        }
+    for bad in [1, 2, usize::MAX] {
+        let failed = |good| {
+            let file = sample(4);
+            poke_refcount(&file, 0, 0);
+            poke_refcount(&file, 10, 9);
+            let image = open(&file);
+            file.fail_some(good, bad);
+            let (result, _) = checked(&image, ALL);
+            file.fail_after(None);
+            let failed = result.is_err();
+            drop(image);
+            let (report, lines) = check(&file, ALL);
+            assert_eq!(findings(&report)[..3], [0, 0, 0], "{lines:?}");
+            assert_sound(&file);
+            failed
+        };
+        assert!((0..=3).all(failed));
+        assert!(!(0..30).all(failed), "never done");
     }
-    panic!("never done");
 }
 
 proptest! {
