@@ -286,9 +286,12 @@ impl<H: Host> Image<H> {
     /// Whether the space of a cluster goes although its place remains that of
     /// the guest cluster.
     fn leaves_hole(&self, old: L2Entry, new: &NewEntry, reason: Reason) -> bool {
+        if new.free && !self.has_data_file() {
+            return false;
+        }
         let options = self.shared.read().options;
         if new.free {
-            return self.has_data_file() && options.passes(reason);
+            return options.passes(reason);
         }
         // The reference stays; a snapshot may have the cluster as well.
         options.discard_no_unref
