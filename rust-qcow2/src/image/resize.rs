@@ -190,13 +190,19 @@ impl<H: Host> Image<H> {
         // would show its old content.
         let file = self.host.file();
         st.data_floor = div_up(file.length()?, self.geometry.cluster_size());
-        // Reading what was allocated last must not go beyond the end of file.
+        // Reading what was allocated last must not go beyond the end of the file,
+        // which has to be there before the entries are. It grows by what is left
+        // and, now and then, by what tables took of that: a few flushes in all.
+        let mut left = new - old;
         let grow = |host: HostOffset, len| {
-            let end = round_up(host.0 + len, self.geometry.cluster_bits);
-            if file.length()? < end {
+            left -= len;
+            let bits = self.geometry.cluster_bits;
+            let grown = file.length()? < round_up(host.0 + len, bits);
+            if grown {
+                let end = round_up(host.0 + len + left, bits);
                 file.truncate(end, false, Preallocation::Off, false)?;
             }
-            Ok(false)
+            Ok(grown)
         };
         let area = (GuestOffset(old), new - old);
         let result = self.preallocate(st, area, Marking::Reserved, grow);
@@ -283,8 +289,9 @@ impl<H: Host> Image<H> {
         }
         if cut > 0 {
             self.copy_to(st, guest, cut, start)?;
-            self.l2_waits_for_data(st);
         }
+        // And for the new length.
+        self.l2_waits_for_data(st);
         self.l2_waits_for_refcounts(st)?;
         let mut replaced = Vec::new();
         let mut done = 0;
