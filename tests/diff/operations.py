@@ -11,7 +11,7 @@ from . import bitmaps
 from .bitmaps import bitmap
 from .chain import KIB, MIB, Chain, Layer, check_run
 from .header import Header
-from .programs import SECRET, Mismatch
+from .programs import SECRET, Mismatch, parse
 
 # QEMU's driver cannot preallocate if it finds the room within the file.
 GAP = 'Cannot use preallocation for shrinking files'
@@ -344,17 +344,23 @@ def keep(chain, rng):
             kept[name] = (top.content.copy(), top.cut)
     elif draw < 0.75:
         name = rng.choice(sorted(kept))
-        size = top.size
+        content, cut = kept[name]
+        # QEMU wants bitmaps to go first then.
+        bound = content.size != top.size and bitmaps.read(os.path.join(chain.directories[0], top.name))
+        if bound and refcounts_are_small(chain):
+            return      # What is told first differs.
         if chain.both('qemu-img', [*args, '-a', name, *image], status=None) is not None:
-            content, top.cut = kept[name]
-            top.content = content.copy()
-        elif top.version == 3 or kept[name][0].size == size:
+            top.content, top.cut = content.copy(), cut
+        elif not bound and (top.version == 3 or content.size == top.size):
             # Only an old image cannot change its size.
-            if bitmaps.read(os.path.join(chain.directories[0], top.name)):
-                return      # QEMU wants them to go first
             if not refcounts_are_small(chain):
                 raise Mismatch(f'going back to {name} of {top.name} failed')
+            for side in (0, 1):
+                if chain.served[side].is_rust:
+                    # It takes back what it did.
+                    chain.check_layer(side, top)
             mend(chain)
+            even_out(chain, min(top.size, content.size))
     else:
         name = rng.choice(sorted(kept))
         chain.both('qemu-img', [*args, '-d', name, *image])
@@ -369,6 +375,20 @@ def mend(chain):
         # QEMU's driver loses the snapshots of an image that has bitmaps as well.
         chain.run(chain.settings.driver, side, 'qemu-img',
                   ['check', '-q', '-r', 'all', *chain.image(chain.top)])
+
+
+def even_out(chain, size):
+    """Where going back to a snapshot failed QEMU's driver has changed the size already."""
+    top = chain.top
+    for side, driver in enumerate(chain.served):
+        if driver.is_rust:
+            status, text = chain.run(driver, side, 'qemu-img', ['info', '--output=json', *chain.image(top)])
+            if status or parse(text)['virtual-size'] != top.size:
+                raise Mismatch(f'the size of {top.name} of side {"ab"[side]} is not as before')
+        chain.run(driver, side, 'qemu-img', ['resize', '-q', '--shrink', *chain.image(top), size])
+    if size < top.size:
+        top.content.resize(size)
+        top.cut = size % top.cluster != 0
 
 
 def refcounts_are_small(chain):

@@ -97,9 +97,17 @@ pub(super) unsafe extern "C" fn goto(
         // SAFETY: a callback of the driver for `bs`; QEMU passes a C string.
         let result = unsafe {
             let text = bytes(id_or_name).unwrap_or_default();
-            serve(bs, Access::Read, |image| image.snapshot_disk_size(text))
-                .and_then(|size| resize(bs, size))
-                .and_then(|()| serve(bs, Access::Write, |image| image.apply_snapshot(text)))
+            serve(bs, Access::Write, |image| image.hold_snapshot(text)).and_then(|held| {
+                let resized = resize(bs, held.disk_size());
+                serve(bs, Access::Write, |image| match resized {
+                    Ok(()) => image.apply_snapshot(held),
+                    Err(error) => {
+                        // What cannot be taken back costs space, until it is repaired.
+                        let _ = image.release_snapshot(held);
+                        Err(error)
+                    }
+                })
+            })
         };
         if let Err(error) = &result {
             if error.message().is_some() {

@@ -41,34 +41,43 @@ impl<H: Host> Image<H> {
     }
 
     /// Counts all that `l1` refers to once more, and clears the copied flags in
-    /// its L2 tables. Durable when it returns.
+    /// its L2 tables. Durable when it returns. Where that fails, what was counted
+    /// is taken back, as far as the file can be written.
     pub(super) fn add_references(&self, st: &mut StateGuard<'_, H>, l1: &[u64]) -> Result<()> {
-        self.change_references(st, l1, Change::Add(1))?;
-        self.write_back_all(st)?;
-        let mut bytes = self.host.aligned(self.geometry.cluster_size() as usize)?;
-        for index in 0..l1.len() {
-            let Some(table) = self.table_of(st, l1, index)? else {
-                continue;
-            };
-            self.read_l2(table, &mut bytes)?;
-            if self.change_flags(&mut bytes, |_| Ok(false))? {
-                self.write_l2(st, table, &bytes)?;
-            }
+        let mut counted = 0;
+        let result = self
+            .change_references(st, l1, Change::Add(1), u64::MAX, &mut counted)
+            .and_then(|()| self.clear_flags(st, l1));
+        if result.is_err() {
+            let _ = self
+                .change_references(st, l1, Change::Sub(1), counted, &mut 0)
+                .and_then(|()| self.write_back_all(st))
+                .and_then(|()| self.update_copied(st));
         }
-        self.host.file().flush()
+        result
+    }
+
+    /// Takes back what [`Image::add_references`] did.
+    pub(super) fn release_references(&self, st: &mut StateGuard<'_, H>, l1: &[u64]) -> Result<()> {
+        self.drop_references(st, l1)?;
+        self.update_copied(st)
     }
 
     /// Counts all that `l1` refers to once less. Durable when it returns.
     pub(super) fn drop_references(&self, st: &mut StateGuard<'_, H>, l1: &[u64]) -> Result<()> {
-        self.change_references(st, l1, Change::Sub(1))?;
+        self.change_references(st, l1, Change::Sub(1), u64::MAX, &mut 0)?;
         self.write_back_all(st)
     }
 
+    /// Changes the counts of the first `most` clusters and tables that `l1`
+    /// refers to; `done` says of how many it did.
     fn change_references(
         &self,
         st: &mut StateGuard<'_, H>,
         l1: &[u64],
         change: Change,
+        most: u64,
+        done: &mut u64,
     ) -> Result<()> {
         let size = self.geometry.cluster_size();
         let mut bytes = self.host.aligned(size as usize)?;
@@ -88,14 +97,39 @@ impl<H: Host> Image<H> {
                         (offset, size)
                     }
                 };
+                if *done == most {
+                    return Ok(());
+                }
                 if matches!(change, Change::Add(_)) {
                     self.ensure_counted(st, offset)?;
                 }
                 self.change_refcount(st, offset, len, change, Reason::Snapshot)?;
+                *done += 1;
+            }
+            if *done == most {
+                return Ok(());
             }
             self.change_refcount(st, table, size, change, Reason::Snapshot)?;
+            *done += 1;
         }
         Ok(())
+    }
+
+    /// Clears the copied flags of all that the tables of `l1` refer to, after
+    /// the refcounts are durable.
+    fn clear_flags(&self, st: &mut StateGuard<'_, H>, l1: &[u64]) -> Result<()> {
+        self.write_back_all(st)?;
+        let mut bytes = self.host.aligned(self.geometry.cluster_size() as usize)?;
+        for index in 0..l1.len() {
+            let Some(table) = self.table_of(st, l1, index)? else {
+                continue;
+            };
+            self.read_l2(table, &mut bytes)?;
+            if self.change_flags(&mut bytes, |_| Ok(false))? {
+                self.write_l2(st, table, &bytes)?;
+            }
+        }
+        self.host.file().flush()
     }
 
     /// Makes the copied flags of the disk agree with the refcounts, which are
