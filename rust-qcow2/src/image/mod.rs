@@ -41,6 +41,7 @@ mod refcounts;
 mod resize;
 mod shrink;
 pub mod snapshots;
+mod space;
 mod status;
 mod subclusters;
 mod write;

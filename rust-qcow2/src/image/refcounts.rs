@@ -6,6 +6,7 @@ use rustc_hash::FxHashMap;
 
 use super::inflight::Freed;
 use super::open::read_table;
+use super::space::Space;
 use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
@@ -15,10 +16,6 @@ use crate::units::{ClusterIndex, Hex, HostOffset};
 
 /// Bits of a refcount table entry that hold the offset of the block.
 pub(super) const TABLE_OFFSET_MASK: u64 = !0x1ff;
-
-/// How many ranges of an encrypted image may wait until they are given back to
-/// the file, before tables are written for their sake.
-const MAX_WAITING_DISCARDS: usize = 1024;
 
 /// The number of a refcount block: its index in the refcount table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -98,8 +95,8 @@ pub(super) struct Refcounts<H: Host> {
     /// Where compressed data end that were written last, in a cluster that has
     /// room behind them.
     pub(super) packed_end: Option<HostOffset>,
-    /// Space that goes back to the file: see [`Image::pass_discards`].
-    pub(super) discards: Vec<(HostOffset, u64, Reason)>,
+    /// What the file is to have back.
+    pub(super) space: Space,
     /// Compressed data that the tables on disk may still refer to.
     pub(super) replaced: Vec<Freed>,
     /// When the file was last flushed for the sake of those.
@@ -117,16 +114,10 @@ impl<H: Host> Refcounts<H> {
             clock: 0,
             free_hint: 0,
             packed_end: None,
-            discards: Vec::new(),
+            space: Space::default(),
             replaced: Vec::new(),
             flushed_for_replaced: None,
         }
-    }
-
-    /// Whether guests discarded all that goes back to the file.
-    fn only_guest_discards(&self) -> bool {
-        let mut discards = self.discards.iter();
-        discards.all(|(_, _, reason)| *reason == Reason::Request)
     }
 
     /// The raw refcount table.
@@ -470,64 +461,7 @@ impl<H: Host> Image<H> {
         self.l2.discard(offset, size);
         self.forget_metadata(offset);
         if self.shared.read().options.passes(reason) {
-            match st.refcounts.discards.last_mut() {
-                Some((at, len, why)) if *why == reason && at.add(*len) == offset => *len += size,
-                _ => st.refcounts.discards.push((offset, size, reason)),
-            }
-        }
-    }
-
-    /// Gives freed space back to the file. What a guest discarded may go at
-    /// once: zeroes are as good as what was there. Everything else has to wait
-    /// until the tables that do not refer to it any more are durable, as after
-    /// a crash the old ones count. So has all of an encrypted image, where a
-    /// hole reads as noise; it waits for the guest's next flush.
-    pub(super) fn pass_discards(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        let few = st.refcounts.discards.len() < MAX_WAITING_DISCARDS;
-        if self.encryption.is_some() && few && st.refcounts.only_guest_discards() {
-            return Ok(());
-        }
-        self.pass_all_discards(st)
-    }
-
-    /// [`Image::pass_discards`] for what might wait as well.
-    pub(super) fn pass_all_discards(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        self.ensure_usable()?;
-        if st.refcounts.discards.is_empty() {
-            return Ok(());
-        }
-        let at_once = self.encryption.is_none() && st.refcounts.only_guest_discards();
-        let discards = std::mem::take(&mut st.refcounts.discards);
-        if !at_once {
-            self.write_back(st)?;
-            self.host.file().flush()?;
-        }
-        for (offset, len, _) in discards {
-            // Advice: where the file cannot, nothing is lost. A cluster that
-            // was given out again meanwhile keeps its content.
-            self.discard_free(st, offset, len);
-        }
-        Ok(())
-    }
-
-    fn discard_free(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64) {
-        let size = self.geometry.cluster_size();
-        let mut start = offset.0;
-        let end = offset.0 + len;
-        while start < end {
-            let mut stop = start;
-            while stop < end
-                && matches!(
-                    self.refcount(st, self.geometry.cluster_of(HostOffset(stop))),
-                    Ok(0)
-                )
-            {
-                stop += size;
-            }
-            if stop > start {
-                let _ = self.host.file().discard(start, stop - start);
-            }
-            start = stop + size;
+            st.refcounts.space.add(offset, size, reason);
         }
     }
 
