@@ -3,15 +3,19 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{EXTENDED, MemoryBits, PLAIN, Shape, TestImage, WRITABLE, create, open, write};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use rust_qcow2::format::bitmaps::{MAX_BYTES, bytes_needed};
+use rust_qcow2::format::refcount::RefcountOrder;
 use rust_qcow2::host::local::SharedBuf;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::host::{Preallocation, ZeroFlags};
 use rust_qcow2::image::bitmaps::DirtyBits;
 use rust_qcow2::image::check::Fix;
+use rust_qcow2::image::snapshots::NewSnapshot;
 use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
 use rust_qcow2::units::GuestOffset;
 
@@ -85,8 +89,83 @@ fn sample(shape: Shape) -> Vec<u8> {
         let bits: Vec<&dyn DirtyBits> = bits.iter().map(|bits| bits as _).collect();
         image.store_bitmaps(&bits).unwrap();
     }
+    // One bit counts to one.
+    for name in ["first", "second"] {
+        let new = NewSnapshot {
+            name: name.into(),
+            vm_state_size: 700,
+            ..NewSnapshot::default()
+        };
+        let _ = image.create_snapshot(&new);
+        write(&image, 3000, &[0x77; 9000]).unwrap();
+    }
     image.inactivate().unwrap();
     file.bytes()
+}
+
+/// Does with the snapshots what there is to do.
+fn use_snapshots(image: &TestImage) {
+    let list = image.snapshots();
+    for snapshot in list.iter().take(3) {
+        if let Ok(held) = image.hold_snapshot(&snapshot.id_str) {
+            let size = held.disk_size();
+            let fits = size < 1 << 30
+                && (size == image.size()
+                    || image.resize(size, true, Preallocation::Off, false).is_ok());
+            let _ = if fits {
+                image.apply_snapshot(held)
+            } else {
+                image.release_snapshot(held)
+            };
+        }
+    }
+    let _ = image.create_snapshot(&NewSnapshot::default());
+    for snapshot in list.iter().take(2) {
+        let _ = image.delete_snapshot(Some(&snapshot.id_str), Some(&snapshot.name));
+    }
+}
+
+/// Changes the format as far as that goes, of an image that is not used after.
+fn amend(image: &TestImage, number: u64) {
+    let order = RefcountOrder::new(number as u32 % 7).unwrap();
+    if number % 3 == 0 {
+        let _ = image.make_empty();
+    }
+    let _ = match number % 2 {
+        0 => image.change_refcount_width(order, &mut |_, _| ()).map(drop),
+        _ => image.downgrade(&mut |_, _| ()),
+    };
+}
+
+/// Where to damage a file, with which number, and whether that has 32 bits.
+type Damage = (usize, u64, bool);
+
+fn damage() -> impl Strategy<Value = Vec<Damage>> {
+    let place = prop_oneof![0..2000usize, 0..16_000usize];
+    prop::collection::vec((place, number(), any::<bool>()), 1..6)
+}
+
+fn apply_damage(bytes: &mut [u8], extended: bool, damage: &[Damage]) {
+    for &(at, value, short) in damage {
+        // Large clusters have what is of interest at their begin.
+        let at = if extended {
+            ((at % 8) << 14) + at / 8 * 8
+        } else {
+            at * 8
+        };
+        let at = at % (bytes.len() - 8);
+        if short {
+            bytes[at..at + 4].copy_from_slice(&(value as u32).to_be_bytes());
+        } else {
+            bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        }
+    }
+}
+
+fn try_read(image: &TestImage, at: u64, len: u64) -> Option<Vec<u8>> {
+    let memory = Mutex::new(vec![0xee; len as usize]);
+    let result = image.read(GuestOffset(at), len, SharedBuf(&memory), 0);
+    result.ok().map(|()| memory.into_inner())
 }
 
 proptest! {
@@ -97,9 +176,10 @@ proptest! {
         order in 0..=6u32,
         version in 2..=3u32,
         extended: bool,
-        damage in prop::collection::vec((0..2000usize, number(), any::<bool>()), 1..6),
+        damage in damage(),
         cut: Option<prop::sample::Index>,
         writable: bool,
+        number in 0..42u64,
     ) {
         let order = if version == 2 { 4 } else { order };
         let shape = if extended {
@@ -108,16 +188,7 @@ proptest! {
             Shape { version, refcount_order: order, ..PLAIN }
         };
         let mut bytes = sample(shape);
-        for (at, value, short) in damage {
-            // Large clusters have what is of interest at their begin.
-            let at = if extended { ((at % 8) << 14) + at / 8 * 8 } else { at * 8 };
-            let at = at % (bytes.len() - 8);
-            if short {
-                bytes[at..at + 4].copy_from_slice(&(value as u32).to_be_bytes());
-            } else {
-                bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
-            }
-        }
+        apply_damage(&mut bytes, extended, &damage);
         if let Some(cut) = cut {
             let len = cut.index(bytes.len());
             bytes.truncate(len);
@@ -147,9 +218,24 @@ proptest! {
                 let _ = image.flush();
                 if image.size() < 1 << 30 {
                     let _ = image.resize(image.size() + (1 << 20), true, Preallocation::Off, false);
+                    let more = image.size().next_multiple_of(512) + 65_536;
+                    let how = [Preallocation::Metadata, Preallocation::Falloc][number as usize % 2];
+                    let _ = image.resize(more, true, how, number % 3 == 0);
                     let _ = image.resize(4096, true, Preallocation::Off, false);
                 }
+                use_snapshots(&image);
                 let _ = image.inactivate();
+            } else if let Some(snapshot) = image.snapshots().first() {
+                let _ = image.load_snapshot(Some(&snapshot.id_str), None);
+                for at in (0..size).step_by(4096) {
+                    let len = 4096.min(size - at);
+                    let _ = image.read(GuestOffset(at), len, SharedBuf(&memory), 0);
+                }
+            }
+        }
+        if writable {
+            if let Ok(image) = Image::open(host(), flags, &OptionRequest::default()) {
+                amend(&image, number);
             }
         }
         if !writable {
@@ -164,5 +250,54 @@ proptest! {
         if !writable {
             prop_assert!(file.bytes() == bytes, "written though read-only");
         }
+    }
+
+    /// Through a chain a damaged layer reads as it does alone, and hides nothing
+    /// of what is above it.
+    #[test]
+    fn a_damaged_layer_costs_what_it_maps(
+        extended: bool,
+        above: bool,
+        damage in damage(),
+        order in prop::collection::vec(0..SIZE / 512, 1..200),
+    ) {
+        let shape = if extended { EXTENDED } else { PLAIN };
+        let mut bytes = sample(shape);
+        apply_damage(&mut bytes, extended, &damage);
+        let file = MemoryFile::new(bytes.clone());
+        let host = |file: &MemoryFile, below| MemoryHost {
+            file: file.clone(),
+            layer_below: Mutex::new(below),
+            ..Default::default()
+        };
+        let flags = OpenFlags { writable: false, ..WRITABLE };
+        let open = || Image::open(host(&file, None), flags, &OptionRequest::default());
+        let (Ok(alone), Ok(layer)) = (open(), open()) else {
+            return Ok(());
+        };
+        let mut below = Arc::new(layer);
+        if above {
+            let empty = host(&create(PLAIN, SIZE), Some(below));
+            below = Arc::new(Image::open(empty, flags, &OptionRequest::default()).unwrap());
+        }
+        let top = host(&create(PLAIN, SIZE), Some(below));
+        let top = Image::open(top, WRITABLE, &OptionRequest::default()).unwrap();
+        let own = 20..40;
+        write(&top, own.start * 512, &[0x55; 20 * 512]).unwrap();
+        for sector in order {
+            let at = sector * 512;
+            let found = try_read(&top, at, 512);
+            if own.contains(&sector) {
+                prop_assert!(found == Some(vec![0x55; 512]));
+                continue;
+            }
+            let len = alone.size().saturating_sub(at).min(512);
+            let expected = try_read(&alone, at, len).map(|mut bytes| {
+                bytes.resize(512, 0);
+                bytes
+            });
+            prop_assert_eq!(found, expected, "sector {}", sector);
+        }
+        prop_assert!(file.bytes() == bytes, "written though read-only");
     }
 }

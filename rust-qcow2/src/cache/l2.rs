@@ -265,25 +265,40 @@ impl L2Cache {
         inner.slice_size = slice_size;
     }
 
-    /// Drops clean slices that were not looked up since the last call.
+    /// Drops clean slices that were not looked up since the last call and that
+    /// nobody holds.
     pub fn clean(&self) {
         let mut inner = self.inner.lock();
         let mut slot = 0;
         while slot < inner.slots.len() {
             let slice = &inner.slots[slot];
-            if slice.recent.swap(false, Ordering::Relaxed) || slice.is_dirty() {
-                slice.used.store(false, Ordering::Relaxed);
+            let recent = slice.recent.swap(false, Ordering::Relaxed);
+            slice.used.store(false, Ordering::Relaxed);
+            if recent || !self.remove_unheld(&mut inner, slot) {
                 slot += 1;
-            } else {
-                self.remove_slot(&mut inner, slot);
             }
         }
+    }
+
+    /// Takes a slice out if it is clean and nobody holds it: who is about to
+    /// change an entry holds its slice.
+    fn remove_unheld(&self, inner: &mut Inner, slot: usize) -> bool {
+        let slice = &inner.slots[slot];
+        let mut part = self.part(slice.offset).write();
+        // One count each for the two places where it is; nobody gets at it
+        // while the part is locked.
+        if slice.is_dirty() || Arc::strong_count(slice) != 2 {
+            return false;
+        }
+        part.remove(&slice.offset.0);
+        drop(part);
+        inner.remove_slot(slot);
+        true
     }
 }
 
 impl Member for L2Cache {
-    /// Gives back a slice that nobody holds: who is about to change an entry
-    /// holds its slice.
+    /// Gives back a slice that nobody holds.
     fn evict(&self) -> Evicted {
         let mut inner = self.inner.lock();
         for _ in 0..inner.slots.len() {
@@ -293,14 +308,7 @@ impl Member for L2Cache {
             if slice.used.swap(false, Ordering::Relaxed) {
                 return Evicted::Spared;
             }
-            let offset = slice.offset;
-            let mut part = self.part(offset).write();
-            // One count each for the two places where it is; nobody gets at it
-            // while the part is locked.
-            if !slice.is_dirty() && Arc::strong_count(slice) == 2 {
-                part.remove(&offset.0);
-                drop(part);
-                inner.remove_slot(hand);
+            if self.remove_unheld(&mut inner, hand) {
                 inner.hand = hand;
                 return Evicted::Piece;
             }
@@ -387,6 +395,23 @@ mod tests {
         cache.clean();
         assert!(cache.get(HostOffset(4096)).is_none());
         assert!(cache.get(HostOffset(0)).is_some());
+    }
+
+    /// Who holds a slice may change it: a copy loaded beside it would be stale.
+    #[test]
+    fn cleaning_keeps_what_is_held() {
+        let cache = L2Cache::new(8, 4096, Pool::new(1 << 20));
+        let held = cache.insert(slice(0));
+        cache.clean();
+        cache.clean();
+        cache.set(&held, 3, ClusterEntry::standard(L2Entry::ZERO_PLAIN));
+        let found = cache.get(HostOffset(0)).unwrap();
+        assert!(Arc::ptr_eq(&found, &held));
+        cache.mark_clean(&held);
+        drop((held, found));
+        cache.clean();
+        cache.clean();
+        assert!(cache.get(HostOffset(0)).is_none());
     }
 
     #[test]
