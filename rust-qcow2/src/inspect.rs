@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::{L1_RESERVED_MASK, L1Entry, L2Entry, Mapping};
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES};
 use crate::format::header::{Header, Incompatible};
+use crate::format::subclusters::ClusterEntry;
 use crate::host::{Content, File};
 use crate::image::open::read_first;
 use crate::units::{GuestOffset, HostOffset};
@@ -75,7 +76,8 @@ pub struct Walked {
     /// References to tables that are shared, misplaced or beyond the end of
     /// the file; passed over.
     pub bad_tables: u64,
-    /// Entries of L2 tables that make no sense; passed over.
+    /// Entries of L2 tables that make no sense. What a read refuses is passed
+    /// over; reserved bits it does not look at.
     pub bad_entries: u64,
 }
 
@@ -305,7 +307,8 @@ impl<F: File> Inspection<F> {
                 let (entry, bitmap) = (word(&pair[..8]), word(&pair[8..]));
                 if entry | bitmap != 0 {
                     let guest = start + ((index as u64) << bits);
-                    self.extended(guest, L2Entry(entry), bitmap, walked, out);
+                    let full = ClusterEntry::extended(entry, bitmap);
+                    self.extended(guest, full, walked, out);
                 }
             }
             return;
@@ -315,7 +318,6 @@ impl<F: File> Inspection<F> {
             let entry = L2Entry(word);
             if entry.reserved() != 0 {
                 walked.bad_entries += 1;
-                continue;
             }
             match entry.mapping() {
                 Mapping::Unallocated if self.is_first_of_data_file(entry) => {
@@ -335,30 +337,26 @@ impl<F: File> Inspection<F> {
         }
     }
 
-    fn extended(
-        &self,
-        guest: u64,
-        entry: L2Entry,
-        bitmap: u64,
-        walked: &mut Walked,
-        out: &mut Joined<'_>,
-    ) {
+    fn extended(&self, guest: u64, full: ClusterEntry, walked: &mut Walked, out: &mut Joined<'_>) {
+        let entry = full.entry;
         if entry.is_compressed() {
             out.put(guest, self.geometry.cluster_size(), self.compressed(entry));
             return;
         }
-        let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
-        let place = match entry.mapping() {
-            Mapping::Normal(at) => Some(at),
-            _ if self.is_first_of_data_file(entry) => Some(HostOffset(0)),
-            _ => None,
+        let mapping = match entry.mapping() {
+            Mapping::Unallocated if self.is_first_of_data_file(entry) => {
+                Mapping::Normal(HostOffset(0))
+            }
+            other => other,
         };
-        let damaged = data & zero != 0
-            || entry.has_zero_flag()
-            || entry.reserved() != 0
-            || (data != 0 && !place.is_some_and(|at| self.is_data_place(at)));
-        if damaged {
+        let place = mapping.host_cluster();
+        let (data, zero) = (full.subclusters.data(), full.subclusters.zeroes());
+        let misplaced = data != 0 && place.is_some_and(|at| !self.is_data_place(at));
+        let damaged = full.contradicts_itself(mapping) || misplaced;
+        if damaged || entry.reserved() != 0 {
             walked.bad_entries += 1;
+        }
+        if damaged {
             return;
         }
         let unit = self.unit();
@@ -488,10 +486,12 @@ mod tests {
 
     #[test]
     fn subclusters() {
-        let entries = [COPIED | 0x50000, 0b0110 | 0b1001 << 32, 0, 1 << 32];
+        // The zero flag is ignored; data of a cluster without a place are nonsense.
+        let entries = [COPIED | 0x50001, 0b0110 | 0b1001 << 32, 0, 1 << 32, 0, 1];
         let image = image(&[COPIED | 0x20000], &entries, true);
         assert_eq!(image.unit(), 2048);
-        let (extents, _) = walk(&image);
+        let (extents, walked) = walk(&image);
+        assert_eq!(walked.bad_entries, 1);
         assert_eq!(
             extents,
             [
@@ -509,7 +509,7 @@ mod tests {
         let l1 = [0x20000, 0x20000, 0x900_0000, 0x20200, 0x20001, 1 << 60];
         let image = image(&l1, &[0x50200, 0x50002, 0x50000], false);
         let (extents, walked) = walk(&image);
-        assert_eq!(extents.len(), 1);
+        assert_eq!(extents.len(), 2);
         assert_eq!(
             walked,
             Walked {

@@ -43,7 +43,7 @@ const METRICS: [Metric; 14] = [
     (
         "lookup_hits_total",
         "counter",
-        "Extents found in memory.",
+        "Extents that were looked up without a miss.",
         |c| c.driver.hits,
     ),
     (

@@ -223,7 +223,7 @@ pub(super) unsafe extern "C" fn commit_post(state: *mut sys::BDRVReopenState) {
 }
 
 /// Options of the old set that a new `overlap-check` makes void.
-const OVERLAP: [&CStr; 10] = [
+const OVERLAP: [&CStr; 11] = [
     c"overlap-check",
     c"overlap-check.template",
     c"overlap-check.main-header",
@@ -234,6 +234,7 @@ const OVERLAP: [&CStr; 10] = [
     c"overlap-check.snapshot-table",
     c"overlap-check.inactive-l1",
     c"overlap-check.inactive-l2",
+    c"overlap-check.bitmap-directory",
 ];
 
 /// Merges old options into new ones. A new template takes the place of all old

@@ -252,8 +252,8 @@ impl L2Cache {
         self.inner.lock().capacity = capacity.max(2);
     }
 
-    /// Changes the sizes; a cache whose slices change is emptied, so it has to
-    /// be clean.
+    /// Changes the sizes; a cache whose slices change or that holds too many is
+    /// emptied, so it has to be clean.
     pub fn resize(&self, capacity: usize, slice_size: usize) {
         let mut inner = self.inner.lock();
         debug_assert!(inner.dirty.is_empty());

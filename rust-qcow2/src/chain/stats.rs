@@ -74,9 +74,10 @@ pub struct ChainStatistics {
     pub cache_bytes: u64,
     /// Bytes that these may take.
     pub cache_limit: u64,
-    /// Extents found in memory.
+    /// Extents that were looked up, but for `misses`: in the top's own tables
+    /// or in the index.
     pub hits: u64,
-    /// Extents for which tables had to be merged first.
+    /// Extents for which the index had to be completed from the layers' tables.
     pub misses: u64,
     /// Slices of the index that were merged.
     pub merged_slices: u64,

@@ -4,7 +4,7 @@
 //! does I/O, takes a lock or waits may switch the coroutine away and resume it
 //! in another thread; in tools and tests it blocks the thread. So no guard of
 //! a `parking_lot` or `std` lock, no `RefCell` borrow and nothing
-//! thread-local may be held across any call into these traits. The one lock
+//! thread-local may be held across a call into these traits that may suspend. The one lock
 //! that may be held across I/O is [`Host::RawMutex`].
 
 pub mod local;
@@ -255,10 +255,9 @@ pub enum Event {
 pub struct Corruption {
     /// Whether the image cannot be used any further.
     pub fatal: bool,
-    /// Whether this is the first fatal event of this image; further ones are
-    /// not reported.
+    /// Where in the file the access was, in bytes, where that is known.
     pub offset: Option<u64>,
-    /// Size of the access that met the corruption.
+    /// Size of the access that met the corruption, in bytes.
     pub size: Option<u64>,
     /// What was found, without a leading "Marking image as corrupt: ".
     pub message: String,

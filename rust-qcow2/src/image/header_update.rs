@@ -122,7 +122,8 @@ impl<H: Host> Image<H> {
     /// Records another backing file; `None` for none.
     ///
     /// # Errors
-    /// `EINVAL` for a name of more than 1023 bytes, `ENOSPC` where the header
+    /// `EINVAL` for a name of more than 1023 bytes or any name with a raw data
+    /// file, `ENOSPC` where the header
     /// has no room, and those of the file.
     pub fn change_backing(&self, file: Option<&str>, format: Option<&str>) -> Result<()> {
         if file.is_some_and(|name| name.len() > MAX_BACKING_NAME as usize) {

@@ -12,9 +12,15 @@
 //! - atomics, for entries of tables and for counters.
 //!
 //! Room by room: [`open`](Image::open) reads the header and tables, `map`
-//! finds clusters, `read`, `write`, `cow`, `zero` serve the guest, `alloc` and
-//! `refcounts` own the space of the file, `writeback` owns the order of
-//! metadata writes, `check` verifies and repairs.
+//! finds clusters in the `l1` table and the cache of L2 slices, `pieces` for a
+//! chain. `read`, `write` with `cow` and `pending` allocations, `zero`,
+//! `subclusters`, `compressed`, `crypt` and `data` (files of their own) serve the
+//! guest, `status` says what is where. `alloc` and `refcounts` own the space of
+//! the file, `inflight` keeps what is freed from being reused too early, `space`
+//! gives it back, `overlap` guards metadata from data. `writeback` owns the order
+//! of metadata writes, `header_update` the header. Whole images: `create`,
+//! `measure`, `resize` and `shrink`, `empty`, `amend`, `snapshots`, `bitmaps`;
+//! `check` verifies and repairs.
 
 mod alloc;
 pub mod amend;
@@ -277,7 +283,7 @@ impl<H: Host> Image<H> {
         }
     }
 
-    /// Fails with `EIO` once the image is known to be unusable.
+    /// Fails with `ENOMEDIUM` once the image is known to be unusable.
     fn ensure_usable(&self) -> Result<()> {
         if self.is_broken() {
             // It is like a drive without a disk.

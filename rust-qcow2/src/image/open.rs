@@ -33,13 +33,14 @@ use crate::host::{File, Host};
 use crate::units::HostOffset;
 
 impl<H: Host> Image<H> {
-    /// Opens an image: reads header, extensions, L1 table and refcount table,
-    /// clears autoclear bits that it will not keep true, and repairs an image
+    /// Opens an image: reads header, extensions, L1 table and, to write to
+    /// it, the refcount table, clears autoclear bits that it will not keep true, and repairs an image
     /// that was not closed.
     ///
     /// # Errors
     /// The sentences that users of QEMU know, for everything that is damaged
-    /// or not supported. Nothing was written then, but for what a repair did.
+    /// or not supported. Nothing was written then, but for autoclear bits and what
+    /// a repair did.
     pub fn open(host: H, flags: OpenFlags, request: &OptionRequest) -> Result<Self> {
         let file = host.file();
         let front =

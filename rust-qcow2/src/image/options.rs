@@ -180,7 +180,7 @@ impl Options {
 }
 
 impl CacheSizes {
-    /// Shares out the memory as documented in `docs/qcow2-cache.txt`: the L2
+    /// Shares out the memory as documented in QEMU's `docs/qcow2-cache.txt`: the L2
     /// cache covers the disk if it can, the refcount cache gets its minimum,
     /// a given total is shared between the two.
     fn resolve(

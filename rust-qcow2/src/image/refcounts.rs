@@ -28,9 +28,10 @@ pub enum Reason {
     Request,
     /// A deleted snapshot.
     Snapshot,
-    /// Copy-on-write, tables that moved.
+    /// Tables that moved, clusters that nobody shows any more.
     Other,
-    /// Never used: an allocation that was taken back.
+    /// Not given back: what is likely to be used again at once, as that of
+    /// copy-on-write, or was never used.
     Never,
     /// Always given back.
     Always,

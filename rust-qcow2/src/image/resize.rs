@@ -18,10 +18,14 @@ use crate::units::{GuestOffset, HostOffset, div_up, round_up};
 impl<H: Host> Image<H> {
     /// Sets the size of the disk to `new` bytes. What is added reads as zeroes
     /// where `zero` is set, else as in the backing file, where that is long
-    /// enough.
+    /// enough. With `preallocation` it has its place in the file already; `exact`
+    /// is for an external data file, which then gets this size and no other.
     ///
     /// # Errors
-    /// The sentences that users of QEMU know.
+    /// `EINVAL` for a size that is no multiple of 512 or a preallocation that
+    /// shrinks, `ENOTSUP` where snapshots are in the way, `EFBIG` for
+    /// more than an L1 table of 32 MiB maps, and those of the file; in sentences
+    /// that users of QEMU know.
     pub fn resize(
         &self,
         new: u64,

@@ -113,8 +113,8 @@ impl<H: Host> Image<H> {
     }
 
     /// How many of the `len` bytes at `host`, data of the guest, are a hole in
-    /// the file, so that they read as zeroes. That is worth asking where
-    /// clusters were preallocated only; `None` where they were not.
+    /// the file, so that they read as zeroes; `None` where that is not worth
+    /// asking, as no clusters were preallocated.
     pub(super) fn hole_at(&self, host: HostOffset, len: u64) -> Result<Option<u64>> {
         if self.encryption.is_some() {
             return Ok(None);

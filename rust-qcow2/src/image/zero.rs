@@ -1,5 +1,4 @@
-//! Write zeroes, discard, and emptying an image: changes of mappings without
-//! data.
+//! Write zeroes and discard: changes of mappings without data.
 
 use super::refcounts::Reason;
 use super::{Image, StateGuard};

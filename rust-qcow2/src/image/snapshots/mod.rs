@@ -155,8 +155,9 @@ impl<H: Host> Image<H> {
         self.release_references(&mut self.lock(), &held.l1)
     }
 
-    /// Goes back to a snapshot. The disk as it is now is lost; where that fails
-    /// it is as before, and the snapshot is not held any more.
+    /// Goes back to a snapshot, which is not held any more then. The disk as it is
+    /// now is lost; if the L1 table could not be exchanged it is as before, and
+    /// what fails after that costs space at most.
     ///
     /// # Errors
     /// `EINVAL` where the disk has not the size of the snapshot, `EBUSY` while
