@@ -47,7 +47,7 @@ class Chain:
 class Spread(Chain):
     """The same guest clusters at any depth, dealt out to the layers at random.
 
-    A little more than half of the disk has data, the rest was never written.
+    55 % of the disk have data (73 % of the smaller one), the rest was never written.
     `flat` is a raw file with the same content. The files `data`, `holes` and
     `warm` are lists of offsets: of all blocks with data and without, shuffled,
     and one hole every 4 MiB, which takes a request through every layer and to

@@ -1,8 +1,9 @@
 # Helpers shared by the scripts in ci/. To be sourced, not run.
 #
 # RQCOW2_CACHE   where sources, object files and the cargo target directory
-#                are kept, default ~/.cache/rqcow2
+#                are kept, default ~/.cache/rqcow2 (or below XDG_CACHE_HOME)
 # RQCOW2_JOBS    how many compilers run at once, default the number of CPUs
+# RQCOW2_LOG_TAIL how many lines of a log are shown when a step fails
 # shellcheck shell=bash
 
 RQCOW2_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
