@@ -118,6 +118,83 @@ fn both_methods_in_one_plan() {
     }
 }
 
+/// A layer that is smaller than one below it hides what is behind its end.
+#[test]
+fn layers_of_any_size() {
+    let (Some(img), Some(io)) = (qemu("qemu-img"), qemu("qemu-io")) else {
+        return;
+    };
+    for sizes in [
+        [4, 4, 2, 4, 4],
+        [4, 4, 4, 4, 1],
+        [1, 2, 3, 4, 5],
+        [5, 1, 4, 2, 3],
+        [3, 5, 1, 1, 4],
+    ] {
+        for method in ["auto", "commit", "stream"] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |layer: usize| name(&dir.path().join(format!("l{layer}.qcow2")));
+            for (layer, mib) in sizes.iter().enumerate() {
+                let size = format!("{mib}M");
+                let mut args = vec!["create", "-q", "-f", "qcow2"];
+                let below = layer.checked_sub(1).map(&path);
+                if let Some(below) = &below {
+                    args.extend(["-b", below, "-F", "qcow2"]);
+                }
+                let path = path(layer);
+                run(&img, &[&args[..], &[&path, &size]].concat());
+                let write = format!("write -P {} 0 {}k", layer + 1, 512 - 64 * layer);
+                // Up to its very end.
+                let last = format!("write -P {} {}k 192k", layer + 11, mib * 1024 - 192);
+                run(&io, &["-f", "qcow2", "-c", &write, "-c", &last, &path]);
+            }
+            let (top, raw) = (path(sizes.len() - 1), name(&dir.path().join("raw")));
+            run(&img, &["convert", "-f", "qcow2", "-O", "raw", &top, &raw]);
+            let args = ["plan", "--depth", "1", "--into-base", "--method", method];
+            // What a commit would not keep is left alone.
+            let code = u8::from(method == "commit" && !sizes.is_sorted()) * 5;
+            let plan = json(code.into(), &[&args[..], &[&top]].concat());
+            assert_eq!(plan["warnings"].as_array().unwrap().is_empty(), code == 0);
+            carry_out(&plan);
+            let merges = plan["merges"].as_array().unwrap();
+            let top = match merges.iter().find(|merge| merge["top"] == 0) {
+                Some(merge) => merge["into"].as_str().unwrap().to_owned(),
+                None => top,
+            };
+            run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
+            let size = std::fs::metadata(&raw).unwrap().len();
+            assert_eq!(json(0, &["view", &top])["disk_size"], size);
+        }
+    }
+}
+
+#[test]
+fn what_is_lost_is_told_and_damage_is_refused() {
+    let Some(img) = qemu("qemu-img") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (top, _) = chain(dir.path(), &["--layers", "4", "--zeroes", "0"]);
+    let args = ["plan", "--keep-last", "1", "--method", "commit", &top];
+    let plan = json(0, &args);
+    assert_eq!(plan["warnings"].as_array().unwrap().len(), 0);
+    let dropped = plan["merges"][0]["dropped"][0].as_str().unwrap();
+    run(&img, &["snapshot", "-c", "kept", dropped]);
+    run(&img, &["bitmap", "--add", "-f", "qcow2", dropped, "bits"]);
+    let plan = json(0, &args);
+    let warnings: Vec<_> = plan["warnings"].as_array().unwrap().iter().collect();
+    assert_eq!(warnings.len(), 2);
+    for (warning, what) in warnings.iter().zip(["snapshots", "bitmaps"]) {
+        let warning = warning.as_str().unwrap();
+        assert!(warning.contains(what) && warning.contains(dropped));
+    }
+    assert!(expect(0, &args).contains(&format!("not needed afterwards: {dropped}")));
+    // The first L1 entry, behind the end of the file.
+    let mut bytes = std::fs::read(dropped).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    bytes[l1..l1 + 8].copy_from_slice(&(1u64 << 50 | 1 << 63).to_be_bytes());
+    std::fs::write(dropped, bytes).unwrap();
+    assert!(expect(1, &args).contains(dropped));
+}
+
 #[test]
 fn bytes_are_those_that_are_copied() {
     let dir = tempfile::tempdir().unwrap();

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rust_qcow2::format::header::{CompressionType, Incompatible};
+use rust_qcow2::format::header::{Autoclear, CompressionType, Incompatible};
 use rust_qcow2::host::local::LocalFile;
 use rust_qcow2::inspect::Inspection;
 
@@ -64,6 +64,8 @@ pub struct Qcow2 {
     pub crypt_method: u32,
     /// Internal snapshots.
     pub snapshots: u32,
+    /// It has persistent bitmaps.
+    pub bitmaps: bool,
     /// Name of the backing file.
     pub backing_file: Option<String>,
     /// Format of the backing file.
@@ -253,6 +255,7 @@ fn qcow2(file: std::fs::File) -> Result<Kind, Unusable> {
         compression: header.compression_type().unwrap_or_default(),
         crypt_method: header.crypt_method,
         snapshots: header.nb_snapshots,
+        bitmaps: header.autoclear.contains(Autoclear::BITMAPS),
         backing_file: image.backing_file().map(str::to_owned),
         backing_format: image.backing_format().map(str::to_owned),
         data_file: image.data_file().map(str::to_owned),

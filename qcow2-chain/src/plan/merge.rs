@@ -1,6 +1,7 @@
 //! Which neighbours to merge, so that little is copied.
 
 use super::segments::Segments;
+use crate::cli::Method;
 
 /// Neighbouring layers that become one.
 #[derive(Clone)]
@@ -15,18 +16,34 @@ pub struct Group {
     uppers: Segments,
     /// Bytes of data of the topmost one.
     top_bytes: u64,
+    /// Bytes of the disks of the topmost, the lowest, and the smallest one.
+    size: u64,
+    lowest_size: u64,
+    smallest: u64,
+    /// No layer is smaller than one below it. Else a commit would show what the
+    /// smaller one hides, which reads as zeroes.
+    descending: bool,
 }
 
 impl Group {
-    /// One layer.
-    pub fn new(depth: usize, layer: Segments) -> Self {
+    /// One layer, whose disk has `size` bytes.
+    pub fn new(depth: usize, size: u64, layer: Segments) -> Self {
         Self {
             top: depth,
             bottom: depth,
             top_bytes: layer.data_bytes(),
             all: layer,
             uppers: Segments::default(),
+            size,
+            lowest_size: size,
+            smallest: size,
+            descending: true,
         }
+    }
+
+    /// Whether everything may go into the lowest layer.
+    pub fn can_commit(&self) -> bool {
+        self.descending
     }
 
     /// Number of layers.
@@ -44,19 +61,40 @@ impl Group {
         self.all.data_bytes() - self.top_bytes
     }
 
-    /// What the cheaper way costs.
-    pub fn bytes(&self) -> u64 {
-        self.commit_bytes().min(self.stream_bytes())
+    /// How to merge it: as `wanted`, or in the cheaper way that keeps what the
+    /// guest sees. `None` where there is none.
+    pub fn method(&self, wanted: Method) -> Option<Method> {
+        match wanted {
+            Method::Commit if !self.can_commit() => None,
+            Method::Auto if !self.can_commit() => Some(Method::Stream),
+            Method::Auto if self.stream_bytes() < self.commit_bytes() => Some(Method::Stream),
+            Method::Auto => Some(Method::Commit),
+            wanted => Some(wanted),
+        }
+    }
+
+    /// Bytes that are copied then.
+    pub fn bytes(&self, wanted: Method) -> Option<u64> {
+        Some(match self.method(wanted)? {
+            Method::Stream => self.stream_bytes(),
+            _ => self.commit_bytes(),
+        })
     }
 
     /// This one and the next one below.
     fn with(&self, below: &Self) -> Self {
+        // A layer reads as zeroes beyond its end, whatever is below.
+        let seen = |layers: &Segments| self.all.over(&layers.up_to(self.smallest));
         Self {
             top: self.top,
             bottom: below.bottom,
-            all: self.all.over(&below.all),
-            uppers: self.all.over(&below.uppers),
+            all: seen(&below.all),
+            uppers: seen(&below.uppers),
             top_bytes: self.top_bytes,
+            size: self.size,
+            lowest_size: below.lowest_size,
+            smallest: self.smallest.min(below.smallest),
+            descending: self.descending && below.descending && self.lowest_size >= below.size,
         }
     }
 }
@@ -68,6 +106,8 @@ pub struct Limits {
     pub depth: usize,
     /// No more bytes are copied than this.
     pub bytes: u64,
+    /// How merges may be done.
+    pub method: Method,
 }
 
 /// Merges the neighbours that cost least, again and again. The first and the
@@ -76,17 +116,20 @@ pub struct Limits {
 pub fn merge(mut groups: Vec<Group>, fixed: usize, limits: Limits) -> Vec<Group> {
     let candidate = |pair: &[Group]| {
         let merged = pair[0].with(&pair[1]);
-        let more = merged.bytes() - merged.bytes().min(pair[0].bytes() + pair[1].bytes());
-        (more, merged)
+        let before = pair.iter().filter_map(|group| group.bytes(limits.method));
+        let before: u64 = before.sum();
+        let more = merged.bytes(limits.method);
+        (more.map(|bytes| bytes.saturating_sub(before)), merged)
     };
-    let mut costs: Vec<u64> = groups.windows(2).map(|pair| candidate(pair).0).collect();
+    let mut costs: Vec<Option<u64>> = groups.windows(2).map(|pair| candidate(pair).0).collect();
     let mut spent = 0u64;
     while groups.len() + fixed > limits.depth {
         // Of equals the fewest layers, as the same bytes are copied less often.
         let layers = |at: usize| groups[at].layers() + groups[at + 1].layers();
         let each = costs.iter().enumerate();
-        let cheapest = each.min_by_key(|(at, cost)| (**cost, layers(*at)));
-        let Some((at, cost)) = cheapest.map(|(at, cost)| (at, *cost)) else {
+        let possible = each.filter_map(|(at, cost)| Some((at, (*cost)?)));
+        let cheapest = possible.min_by_key(|(at, cost)| (*cost, layers(*at)));
+        let Some((at, cost)) = cheapest else {
             break;
         };
         if spent.saturating_add(cost) > limits.bytes {
@@ -120,7 +163,7 @@ mod tests {
                 data: true,
             });
         }
-        Group::new(depth, segments)
+        Group::new(depth, 100, segments)
     }
 
     #[test]
@@ -134,19 +177,65 @@ mod tests {
         let limits = Limits {
             depth: 2,
             bytes: u64::MAX,
+            method: Method::Auto,
         };
         let merged = merge(layers.clone(), 0, limits);
         // Into the top nothing has to be copied: it hides both.
         assert_eq!((merged[0].top, merged[0].bottom), (0, 2));
-        assert_eq!((merged[0].bytes(), merged[0].stream_bytes()), (0, 0));
+        assert_eq!(
+            (merged[0].bytes(Method::Auto), merged[0].stream_bytes()),
+            (Some(0), 0)
+        );
         assert_eq!(merged[0].commit_bytes(), 10);
-        let none = Limits { depth: 1, bytes: 3 };
+        let none = Limits {
+            depth: 1,
+            bytes: 3,
+            ..limits
+        };
         assert_eq!(merge(layers.clone(), 0, none).len(), 2);
         let all = Limits {
             depth: 1,
             bytes: 10,
+            ..limits
         };
         let merged = merge(layers, 0, all);
-        assert_eq!((merged.len(), merged[0].bytes()), (1, 10));
+        assert_eq!((merged.len(), merged[0].bytes(Method::Auto)), (1, Some(10)));
+    }
+
+    /// What is behind the end of a smaller layer reads as zeroes, and has to.
+    #[test]
+    fn a_smaller_layer_is_not_committed() {
+        let part = |end| {
+            let mut segments = Segments::default();
+            segments.push(Segment {
+                start: 0,
+                end,
+                data: true,
+            });
+            segments
+        };
+        let layers = vec![
+            Group::new(0, 100, part(1)),
+            Group::new(1, 50, part(2)),
+            Group::new(2, 100, part(100)),
+        ];
+        let limits = Limits {
+            depth: 2,
+            bytes: u64::MAX,
+            method: Method::Auto,
+        };
+        // Downwards sizes may shrink.
+        let merged = merge(layers.clone(), 0, limits);
+        assert_eq!((merged[0].top, merged[0].bottom), (0, 1));
+        assert_eq!(merged[0].method(Method::Auto), Some(Method::Commit));
+        let one = Limits { depth: 1, ..limits };
+        let merged = merge(layers.clone(), 0, one);
+        assert_eq!(merged[0].method(Method::Auto), Some(Method::Stream));
+        assert_eq!((merged[0].layers(), merged[0].stream_bytes()), (3, 49));
+        let commit = Limits {
+            method: Method::Commit,
+            ..one
+        };
+        assert_eq!(merge(layers, 0, commit).len(), 2);
     }
 }

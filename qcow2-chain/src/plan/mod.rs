@@ -4,6 +4,7 @@ mod commands;
 mod goals;
 mod merge;
 mod segments;
+mod warnings;
 
 use std::io::{self, Write};
 
@@ -33,13 +34,16 @@ struct Report {
     goal_reached: bool,
     /// Bytes that the merges copy.
     bytes_to_copy: u64,
-    /// Bytes of the files that are not needed afterwards, less those copied.
+    /// Bytes of the files that are not needed afterwards, less what those that
+    /// stay grow by, as far as clusters tell.
     bytes_freed: i64,
     before: State,
     after: State,
     /// Where a goal needs it.
     #[serde(skip_serializing_if = "Option::is_none")]
     predicted: Option<Costs>,
+    /// What is lost, or has to be done besides.
+    warnings: Vec<String>,
     /// In the order in which they are to be carried out.
     merges: Vec<Merge>,
 }
@@ -103,10 +107,19 @@ pub fn run(args: &Plan) -> Result<u8> {
             None => 1,
         }),
         bytes: args.max_bytes.unwrap_or(u64::MAX),
+        method: args.method,
     };
+    let taken: Vec<_> = (chain.layers.iter().zip(&layers))
+        .map(|(layer, data)| {
+            layer
+                .qcow2()
+                .map_or(0, |q| data.data_clusters(q.cluster_size))
+        })
+        .collect();
     let groups = layers.into_iter().enumerate().take(last).skip(first);
+    let size = |depth: usize| chain.layers[depth].disk_size().unwrap_or(0);
     let groups: Vec<_> = groups
-        .map(|(depth, layer)| Group::new(depth, layer))
+        .map(|(depth, layer)| Group::new(depth, size(depth), layer))
         .collect();
     let fixed = count - (last - first);
     let mut reached = true;
@@ -118,7 +131,8 @@ pub fn run(args: &Plan) -> Result<u8> {
         (limits.depth, reached) = longest(limits.depth, &enough);
     }
     let groups = merge(groups, fixed, limits);
-    let mut report = report(args, &chain, &figures, &groups, fixed, limits);
+    warnings::refuse_damage(&chain, &figures, &groups)?;
+    let mut report = report(args, &chain, (&figures, &taken), &groups, fixed, limits);
     report.goal_reached &= reached;
     if let Some((goals, warnings)) = goals {
         report.predicted = Some(goals.costs(&shape, &merged(&shape, &groups), warnings));
@@ -183,7 +197,7 @@ fn read(chain: &Chain, quiet: bool) -> Result<(Vec<Segments>, Vec<LayerFigures>,
 fn report(
     args: &Plan,
     chain: &Chain,
-    figures: &[LayerFigures],
+    (figures, taken): (&[LayerFigures], &[u64]),
     groups: &[Group],
     fixed: usize,
     limits: Limits,
@@ -203,7 +217,7 @@ fn report(
             below = Some(group.top);
             continue;
         }
-        let method = method(args.method, group);
+        let method = group.method(args.method).unwrap_or(Method::Stream);
         let (into, bytes) = match method {
             Method::Stream => (group.top, group.stream_bytes()),
             _ => (group.bottom, group.commit_bytes()),
@@ -214,7 +228,8 @@ fn report(
             freed += chain.layers[*depth].file.allocated as i64;
             saved_tables += figures[*depth].l2_tables * cluster(*depth);
         }
-        freed -= bytes as i64;
+        // Copies are not compressed, and take clusters of the file that stays.
+        freed -= group.all.data_clusters(cluster(into).max(1)) as i64 - taken[into] as i64;
         joined[group.top + 1..=group.bottom].fill(true);
         merges.push(Merge {
             top: group.top,
@@ -262,15 +277,8 @@ fn report(
             l2_table_bytes: all_tables - saved_tables,
         },
         predicted: None,
+        warnings: warnings::of(args, chain, groups, limits.depth < layers, &merges),
         merges,
-    }
-}
-
-fn method(wanted: Method, group: &Group) -> Method {
-    match wanted {
-        Method::Auto if group.stream_bytes() < group.commit_bytes() => Method::Stream,
-        Method::Auto => Method::Commit,
-        wanted => wanted,
     }
 }
 
@@ -288,12 +296,17 @@ fn print(report: &Report) -> Result<()> {
     )?;
     writeln!(
         out,
-        "mean depth of data {:.1} -> {:.1}; L2 tables {} -> {}; files smaller by {}",
+        "mean depth of data {:.1} -> {:.1}; L2 tables {} -> {}; files {} by {}",
         before.mean_depth,
         after.mean_depth,
         bytes(before.l2_table_bytes),
         bytes(after.l2_table_bytes),
-        bytes(report.bytes_freed.max(0).unsigned_abs())
+        if report.bytes_freed < 0 {
+            "larger"
+        } else {
+            "smaller"
+        },
+        bytes(report.bytes_freed.unsigned_abs())
     )?;
     if let Some(costs) = &report.predicted {
         let read = |cost: &Cost| match cost.read_microseconds {
@@ -322,8 +335,12 @@ fn print(report: &Report) -> Result<()> {
         writeln!(
             out,
             "To be carried out in this order, by QMP or virsh where a program has the chain open, else\n\
-             by qemu-img. No other image may have one of these layers as its backing file."
+             by qemu-img. No other image may have one of these layers as its backing file. By QMP wait for\n\
+             BLOCK_JOB_READY before job-complete, and for BLOCK_JOB_COMPLETED before what comes next."
         )?;
+    }
+    for warning in &report.warnings {
+        writeln!(out, "Note: {}", printable(warning))?;
     }
     for merge in &report.merges {
         let how = match merge.method {
@@ -339,6 +356,17 @@ fn print(report: &Report) -> Result<()> {
             printable(&merge.into),
             bytes(merge.bytes)
         )?;
+        let (first, last) = (merge.dropped.first(), merge.dropped.last());
+        if let (Some(first), Some(last)) = (first, last) {
+            let (first, last) = (printable(first), printable(last));
+            match merge.dropped.len() {
+                1 => writeln!(out, "  not needed afterwards: {first}")?,
+                count => writeln!(
+                    out,
+                    "  not needed afterwards: {first} to {last}, {count} files"
+                )?,
+            }
+        }
         for (name, lines) in merge.commands.each() {
             for line in lines {
                 writeln!(out, "  {name:<9} {}", printable(line))?;

@@ -40,6 +40,28 @@ impl Segments {
         data.map(|segment| segment.end - segment.start).sum()
     }
 
+    /// Bytes that clusters of this size take which have some of the data.
+    pub fn data_clusters(&self, cluster: u64) -> u64 {
+        let (mut bytes, mut next) = (0, 0);
+        for segment in self.0.iter().filter(|segment| segment.data) {
+            let start = (segment.start / cluster * cluster).max(next);
+            let end = segment.end.next_multiple_of(cluster);
+            bytes += end.saturating_sub(start);
+            next = next.max(end);
+        }
+        bytes
+    }
+
+    /// Without what is from `end` on.
+    pub fn up_to(&self, end: u64) -> Self {
+        let inside = self.0.iter().filter(|segment| segment.start < end);
+        let cut = inside.map(|segment| Segment {
+            end: segment.end.min(end),
+            ..*segment
+        });
+        Self(cut.collect())
+    }
+
     /// The same on top of `below`.
     pub fn over(&self, below: &Self) -> Self {
         let mut result = Self(Vec::with_capacity(self.len() + below.len()));
@@ -100,6 +122,20 @@ mod tests {
             }
         }
         result
+    }
+
+    #[test]
+    fn clusters_are_counted_once() {
+        let flags = |data: &[u64]| {
+            (0..60)
+                .map(|at| data.contains(&at).then_some(true))
+                .collect()
+        };
+        let some: Vec<_> = flags(&[0, 3, 4, 17, 18, 59]);
+        assert_eq!(segments(&some).data_clusters(8), 32);
+        assert_eq!(segments(&some).data_clusters(1), 6);
+        assert_eq!(segments(&some).up_to(18).data_clusters(1), 4);
+        assert_eq!(segments(&some).up_to(0), Segments::default());
     }
 
     proptest! {
