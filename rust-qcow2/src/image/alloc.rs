@@ -30,6 +30,10 @@ impl<H: Host> Image<H> {
         self.reclaim(st)?;
         self.host.event(Event::ClusterAlloc);
         let count = div_up(len, self.geometry.cluster_size());
+        if count == 0 {
+            // The L1 table of a disk without a byte.
+            return Ok(HostOffset(0));
+        }
         loop {
             let first = self.search_free(st, count)?;
             if self.ensure_blocks(st, first, count)? {

@@ -1,6 +1,7 @@
 //! Guest data on their way between the guest and the file that holds them:
 //! the image file, or an external data file.
 
+use super::refcounts::Reason;
 use super::{Image, StateGuard};
 use crate::error::{Error, Result};
 use crate::host::{File, GuestBuf, Host, Part};
@@ -121,12 +122,14 @@ impl<H: Host> Image<H> {
         &self,
         st: &mut StateGuard<'_, H>,
         places: &[HostOffset],
+        reason: Reason,
     ) -> Result<()> {
         if places.is_empty() {
             return Ok(());
         }
-        if self.encryption.is_some() {
-            // Until the tables say so a hole is not zeroes, but noise.
+        if self.encryption.is_some() || reason != Reason::Request {
+            // Until the tables say so a hole is noise, or zeroes that nobody asked
+            // for: of an image that is emptied, which shows its backing file then.
             self.write_slices(st)?;
             self.host.file().flush()?;
         }

@@ -70,6 +70,8 @@ impl<H: Host> Image<H> {
 
         self.host.event(Event::L1Update);
         file.write_zeroes(l1_offset, l1_clusters * size, ZeroFlags::default())?;
+        // Before what the old table refers to is written over.
+        file.flush()?;
         let entries = self.l1.len();
         self.l1.replace((0..entries).map(|_| 0));
         self.links().changed_altogether();

@@ -69,7 +69,7 @@ use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
 use crate::format::geometry::Geometry;
-use crate::format::header::{CompressionType, Encryption, Header};
+use crate::format::header::{CompressionType, Encryption, Header, Incompatible};
 use crate::host::Host;
 
 /// How many parts of a request are resolved before they are run.
@@ -253,11 +253,29 @@ impl<H: Host> Image<H> {
     /// Changes nothing.
     ///
     /// # Errors
-    /// As on open; `EACCES` for writing to an image that shows a snapshot.
+    /// As on open; `EACCES` for writing to an image that shows a snapshot or is
+    /// marked as corrupt, `EBUSY` where its refcounts have to be repaired before,
+    /// which is done when it is opened for writing.
     pub fn resolve_options(&self, flags: OpenFlags, request: &OptionRequest) -> Result<Options> {
         let shared = self.shared.read();
         if flags.writable && shared.shows_snapshot {
             return Err(Error::errno(libc::EACCES));
+        }
+        if flags.writable && !shared.flags.writable {
+            let bits = shared.header.incompatible;
+            if bits.contains(Incompatible::CORRUPT) {
+                return Err(Error::new(
+                    libc::EACCES,
+                    "Image is corrupt; cannot be opened read/write",
+                ));
+            }
+            if bits.contains(Incompatible::DIRTY) {
+                return Err(Error::new(
+                    libc::EBUSY,
+                    "Image was not closed properly; repair it before it is reopened read/write, \
+                     with 'qemu-img check -r all'",
+                ));
+            }
         }
         Options::resolve(&shared.header, flags, request)
     }

@@ -191,9 +191,10 @@ impl<H: Host> Image<H> {
             return Ok(());
         }
         // Only space that the file gains now: a cluster that was in use before
-        // would show its old content.
+        // would show its old content. A device has all of its space already.
         let file = self.host.file();
-        st.data_floor = div_up(file.length()?, self.geometry.cluster_size());
+        self.shrink_file(st)?;
+        st.data_floor = self.used_end(st, file.length()?)? >> self.geometry.cluster_bits;
         // Reading what was allocated last must not go beyond the end of the file,
         // which has to be there before the entries are. It grows by what is left
         // and, now and then, by what tables took of that: a few flushes in all.

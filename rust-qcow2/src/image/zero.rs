@@ -22,6 +22,8 @@ struct NewEntry {
     entry: ClusterEntry,
     /// The host cluster is given back.
     free: bool,
+    /// The request allows that its space goes.
+    unmap: bool,
 }
 
 impl<H: Host> Image<H> {
@@ -169,6 +171,7 @@ impl<H: Host> Image<H> {
             NewEntry {
                 entry,
                 free: unmap && !keep,
+                unmap,
             }
         })
     }
@@ -225,7 +228,11 @@ impl<H: Host> Image<H> {
                 After::Zeroes if keep => self.zero_entry(old.entry),
                 After::Zeroes => self.zero_entry(L2Entry::UNALLOCATED),
             };
-            NewEntry { entry, free: !keep }
+            NewEntry {
+                entry,
+                free: !keep,
+                unmap: true,
+            }
         });
         result.and(self.pass_discards(st))
     }
@@ -273,7 +280,7 @@ impl<H: Host> Image<H> {
                     holes.extend(self.geometry.mapping(old.entry).host_cluster());
                 }
             }
-            self.discard_in_place(st, &holes)?;
+            self.discard_in_place(st, &holes, reason)?;
             guest = guest.add(here << bits);
             count -= here;
         }
@@ -285,7 +292,8 @@ impl<H: Host> Image<H> {
     /// Whether the space of a cluster goes although its place remains that of
     /// the guest cluster.
     fn leaves_hole(&self, old: L2Entry, new: &NewEntry, reason: Reason) -> bool {
-        if new.free && !self.has_data_file() {
+        // A raw data file got zeroes already, and has to keep them.
+        if !new.unmap || self.data_file_is_raw() || new.free && !self.has_data_file() {
             return false;
         }
         let options = self.shared.read().options;

@@ -13,17 +13,21 @@ use run::{Model, Op, SECTOR, SIZE, begin, content, cut, op, repaired, resize, sh
 use rust_qcow2::host::{File, Preallocation};
 use rust_qcow2::image::check::Fix;
 
+/// The smallest clusters, with refcounts of so many bits.
+fn shape_of(bits: u32) -> Shape {
+    Shape {
+        version: 3,
+        cluster_bits: 9,
+        refcount_order: bits.ilog2(),
+        lazy_refcounts: false,
+        extended_l2: false,
+    }
+}
+
 /// Two bits count to three: the disk and two snapshots.
 #[test]
 fn a_disk_that_cannot_go_back_to_a_smaller_one_keeps_its_end() {
-    let shape = Shape {
-        version: 3,
-        cluster_bits: 9,
-        refcount_order: 1,
-        lazy_refcounts: false,
-        extended_l2: false,
-    };
-    let mut run = begin(shape, false);
+    let mut run = begin(shape_of(2), false);
     let write = |sector| Op::Write { sector, count: 8 };
     let grow = Op::Resize(2 * SIZE, Preallocation::Off);
     let ops = [write(0), Op::Create, Op::Create, grow, write(SIZE / SECTOR)];
@@ -34,6 +38,19 @@ fn a_disk_that_cannot_go_back_to_a_smaller_one_keeps_its_end() {
     let error = run.go_back(&id).unwrap_err();
     run.out_of_counts(&error, 0);
     assert!(read(&run.image, 0, 2 * SIZE as usize) == run.model.disk);
+    let model = run.model.clone();
+    assert!(run.end() == model);
+}
+
+#[test]
+fn a_disk_without_a_byte_has_snapshots_as_well() {
+    let mut run = begin(shape_of(16), false);
+    let gone = Op::Resize(0, Preallocation::Off);
+    for (number, op) in [gone, Op::Create, Op::Apply(0)].iter().enumerate() {
+        run.do_one(number, op);
+    }
+    assert!(run.file.bytes().len() < 1 << 20);
+    run.do_one(3, &Op::Delete(0));
     let model = run.model.clone();
     assert!(run.end() == model);
 }
