@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use rustc_hash::FxHashSet;
 
 /// What came of asking a member for memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,9 @@ pub struct Pool {
 struct Members {
     list: Vec<Weak<dyn Member>>,
     hand: usize,
+    /// The length of the list at which it is looked through for members that are
+    /// gone, or are there twice as they were in another pool meanwhile.
+    tidy_at: usize,
 }
 
 impl Pool {
@@ -75,7 +79,13 @@ impl Pool {
     /// Adds somebody who can give memory back.
     pub fn join(&self, member: Weak<dyn Member>) {
         let mut members = self.members.lock();
-        members.list.retain(|member| member.strong_count() > 0);
+        if members.list.len() >= members.tidy_at {
+            let mut seen = FxHashSet::default();
+            members.list.retain(|member| {
+                member.strong_count() > 0 && seen.insert(member.as_ptr().cast::<()>().addr())
+            });
+            members.tidy_at = 2 * members.list.len() + 16;
+        }
         members.list.push(member);
     }
 
@@ -106,11 +116,11 @@ impl Pool {
                 members.hand = 0;
             }
             let member = members.list[members.hand].upgrade();
-            members.hand += 1;
+            // Whoever spared a piece goes on: the others may be a thousand, and empty.
             match member.map_or(Evicted::Nothing, |member| member.evict()) {
-                Evicted::Piece => idle = 0,
+                Evicted::Piece => (idle, members.hand) = (0, members.hand + 1),
                 Evicted::Spared => (idle, spared) = (0, spared + 1),
-                Evicted::Nothing => idle += 1,
+                Evicted::Nothing => (idle, members.hand) = (idle + 1, members.hand + 1),
             }
         }
     }

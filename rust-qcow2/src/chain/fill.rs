@@ -126,7 +126,7 @@ impl<H: Host> View<H> {
             let mut tables = pieces.iter().zip(tables).peekable();
             for layer in (next..from).rev() {
                 work.adopt(layer + 1);
-                work.cut(layer, self.layers[layer].size());
+                work.cut(layer, self.layers[layer].visible_size());
                 while let Some(((_, piece), table)) = tables.next_if(|((of, _), _)| *of == layer) {
                     work.apply(&self.layers[layer], layer, piece, &table);
                 }
@@ -341,7 +341,7 @@ impl Work {
 impl<H: Host> Image<H> {
     /// The parts of the L2 tables for guest bytes from `start` to `end`.
     fn table_pieces(&self, start: u64, end: u64, mut found: impl FnMut(TablePiece)) {
-        let end = end.min(self.size());
+        let end = end.min(self.visible_size());
         if start >= end {
             return;
         }

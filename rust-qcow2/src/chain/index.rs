@@ -45,6 +45,10 @@ pub(super) const SLICE_ENTRIES: usize = 1 << SLICE_BITS;
 pub(crate) const SLICE_BYTES: usize = SLICE_ENTRIES * 8 + 64;
 /// log2 of the slots in a page of the slice table.
 const PAGE_BITS: u32 = 9;
+/// Pages of an index at most: 24 bytes each. With one layer of 512-byte clusters
+/// on top of which the disk is larger than 128 TiB, or than 1 PiB with 4 KiB, there
+/// is none, and each read asks one layer after the other.
+const MAX_PAGES: u64 = 1 << 20;
 /// An index keeps this many slices, however little memory there is.
 const MIN_SLICES: usize = 16;
 
@@ -194,6 +198,16 @@ impl<H: Host> Index<H> {
         let member: Weak<Self> = Arc::downgrade(&index);
         pool.join(member);
         index
+    }
+
+    /// Whether the table of slices, which is there from the begin, is small.
+    pub(super) fn fits(bits: u32, end: u64) -> bool {
+        div_up(end, 1 << (bits + SLICE_BITS + PAGE_BITS)) <= MAX_PAGES
+    }
+
+    /// Whether it can say anything. One that cannot only watches layers.
+    pub(super) fn is_of_use(&self) -> bool {
+        !self.pages.is_empty()
     }
 
     /// Counts the slices in another pool from now on.

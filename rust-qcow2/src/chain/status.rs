@@ -40,7 +40,7 @@ impl<H: Host> Image<H> {
     ) -> Result<Option<NextLayer<H>>> {
         // Makes no view of what is below a layer that is asked in its turn.
         let next = self.host().layer_below();
-        if next.is_none_or(|next| next.size() <= guest.0) {
+        if next.is_none_or(|next| next.visible_size() <= guest.0) {
             return Ok(None);
         }
         loop {
@@ -64,7 +64,7 @@ impl<H: Host> Image<H> {
             };
             // What is beyond the end of a layer is zeroes for the one above,
             // and that is who says so. The topmost is long enough.
-            if view.layers[layer].size() <= guest.0 {
+            if view.layers[layer].visible_size() <= guest.0 {
                 layer = (layer + 1).min(last);
             }
             let layer = layer.max(lowest);
@@ -153,7 +153,7 @@ fn walk<H: Host>(
 ) -> Result<(usize, u64)> {
     for number in (0..count).rev() {
         let layer = &view.layers[number];
-        let size = layer.size();
+        let size = layer.visible_size();
         if guest.0 >= size {
             return Ok((number, len));
         }

@@ -27,8 +27,10 @@ pub(crate) struct View<H: Host> {
     /// Where the disk of the last layer ends; what the image has beyond that
     /// reads as zeroes.
     pub(crate) end: u64,
-    /// `None` without layers, and for chains too long for an index.
+    /// `None` without layers, and for chains or disks too large for an index.
     pub(crate) index: Option<Arc<Index<H>>>,
+    /// What layers tell of their changes: the index, or one for nothing else.
+    watch: Option<Arc<Index<H>>>,
     /// Numbers of the layers, by their addresses; made when first needed.
     pub(super) positions: OnceLock<FxHashMap<usize, usize>>,
 }
@@ -41,13 +43,14 @@ impl<H: Host> View<H> {
             places: Vec::new(),
             end: 0,
             index: None,
+            watch: None,
             positions: OnceLock::new(),
         })
     }
 
     fn is_current(&self, generation: u64) -> bool {
         self.generation == Some(generation)
-            && self.index.as_ref().is_none_or(|index| index.is_alive())
+            && self.watch.as_ref().is_none_or(|index| index.is_alive())
     }
 
     fn has_layers(&self, layers: &[Arc<Image<H>>]) -> bool {
@@ -188,29 +191,45 @@ impl<H: Host> Image<H> {
             layers.push(layer);
         }
         layers.reverse();
-        let end = layers.last().map_or(0, |layer| layer.size());
-        let alive = old.index.as_ref().is_none_or(|index| index.is_alive());
-        let pool = self.pool();
+        let mut end = layers.last().map_or(0, |layer| layer.visible_size());
+        let alive = old.watch.as_ref().is_none_or(|index| index.is_alive());
+        let pool = if links.is_watched() {
+            self.pool()
+        } else {
+            self.own_pool_on_top()
+        };
         for layer in &layers {
             layer.join_pool(&pool);
         }
-        let index = if old.generation.is_some() && alive && old.has_layers(&layers) {
-            old.index.clone()
+        let watch = if old.generation.is_some() && alive && old.has_layers(&layers) {
+            if let Some(index) = &old.watch {
+                index.move_to(&pool);
+            }
+            old.watch.clone()
         } else {
-            self.index_for(&layers, end, &pool)
+            loop {
+                let index = self.index_for(&layers, end, &pool);
+                // Watched from here on: who changes the size now ends the index.
+                let now = layers.last().map_or(0, |layer| layer.visible_size());
+                if now == end {
+                    break index;
+                }
+                end = now;
+            }
         };
         links.view.store(Arc::new(View {
             generation: Some(generation),
             places: layers.iter().map(H::places).collect(),
             layers,
             end,
-            index,
+            index: watch.clone().filter(|index| index.is_of_use()),
+            watch,
             positions: OnceLock::new(),
         }));
     }
 
     /// An index for `layers`: that of the image below, which is put on top of
-    /// what it knows, or a new one.
+    /// what it knows, or a new one. It watches the layers even if it is not of use.
     fn index_for(
         &self,
         layers: &[Arc<Image<H>>],
@@ -218,15 +237,12 @@ impl<H: Host> Image<H> {
         pool: &Arc<Pool>,
     ) -> Option<Arc<Index<H>>> {
         let (last, rest) = layers.split_last()?;
-        if layers.len() >= MAX_LAYERS {
-            return None;
-        }
         let bits = layers
             .iter()
             .map(|layer| layer.geometry().subcluster_bits());
         let bits = bits.min()?;
         let before = last.links().view.load_full();
-        if let Some(index) = &before.index {
+        if let Some(index) = before.index.as_ref().filter(|_| layers.len() < MAX_LAYERS) {
             let fits = index.bits() == bits && index.end() >= end && index.is_alive();
             if fits && before.has_layers(rest) {
                 last.links().forget_view();
@@ -234,8 +250,11 @@ impl<H: Host> Image<H> {
                 last.links().add_watcher(index, rest.len());
                 return Some(Arc::clone(index));
             }
+            // It would go on taking memory for what is asked up here from now on.
+            last.links().forget_view();
         }
-        let index = Index::new(bits, end, pool);
+        let small = layers.len() < MAX_LAYERS && Index::<H>::fits(bits, end);
+        let index = Index::new(bits, if small { end } else { 0 }, pool);
         for (number, layer) in layers.iter().enumerate() {
             layer.links().add_watcher(&index, number);
         }

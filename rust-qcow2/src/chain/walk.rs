@@ -207,14 +207,14 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
         }
         let len = len.min(view.end - guest.0);
         let Some(index) = &view.index else {
-            return walk(top, &view, view.layers.len(), guest, len);
+            return walk(top, &view, view.layers.len(), guest, len, &mut false);
         };
         let Some(known) = index.look_up(guest, len, view.layers.len()) else {
             let view = Guard::into_inner(view);
             let Some(index) = &view.index else { continue };
             reads.miss();
             if !view.fill(index, top, guest, false)? {
-                return walk(top, &view, view.layers.len(), guest, len);
+                return walk(top, &view, view.layers.len(), guest, len, &mut false);
             }
             continue;
         };
@@ -347,7 +347,8 @@ fn ask<'a, H: Host>(
     len: u64,
 ) -> Result<Found<'a, H>> {
     let changes = index.changes();
-    let found = walk(top, view, layer + 1, guest, len)?;
+    let mut nobody = false;
+    let found = walk(top, view, layer + 1, guest, len, &mut nobody)?;
     let within = guest.within(index.bits());
     let end = (guest.0 - within).saturating_add(1 << index.bits());
     let number = |image: &Image<H>| view.position(image);
@@ -355,11 +356,15 @@ fn ask<'a, H: Host>(
         Source::Layer(held, host) => number(held.image())
             .filter(|_| host.0 >= within)
             .map(|number| Resolved::Data(number, HostOffset(host.0 - within))),
-        Source::Below(_) => Some(Resolved::Below),
+        _ if nobody => Some(Resolved::Below),
         _ => None,
     };
     // What the end of a layer cuts has to be asked for each time.
-    let cut = || view.layers[..=layer].iter().any(|layer| layer.size() < end);
+    let cut = || {
+        view.layers[..=layer]
+            .iter()
+            .any(|layer| layer.visible_size() < end)
+    };
     if let Some(answer) = answer.filter(|_| !cut()) {
         index.settle(guest, Entry::pack(Resolved::Ask(layer)), answer, changes);
     }
@@ -373,11 +378,12 @@ fn walk<'a, H: Host>(
     count: usize,
     guest: GuestOffset,
     mut len: u64,
+    nobody: &mut bool,
 ) -> Result<Found<'a, H>> {
     let reads = top.links().reads();
     for (number, layer) in view.layers[..count].iter().enumerate().rev() {
         // A layer that is shorter ends there, whatever is below it.
-        let size = layer.size();
+        let size = layer.visible_size();
         if guest.0 >= size {
             let source = Source::Zero;
             return Ok(Found { len, source });
@@ -409,6 +415,7 @@ fn walk<'a, H: Host>(
         return Ok(Found { len, source });
     }
     reads.below();
+    *nobody = true;
     let source = below(&view.layers[0]);
     Ok(Found { len, source })
 }

@@ -65,6 +65,7 @@ pub use options::{CacheSizes, OpenFlags, OptionRequest, Options};
 pub use status::{BlockStatus, StatusKind};
 
 use crate::cache::l2::L2Cache;
+use crate::cache::pool::Pool;
 use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::extension::Extensions;
@@ -100,6 +101,8 @@ pub struct Image<H: Host> {
     l1: L1Table,
     /// Slices of L2 tables.
     l2: Arc<L2Cache>,
+    /// The memory of the chain while this image is on top.
+    own_pool: Arc<Pool>,
     /// Where metadata is; made when first needed.
     overlap: RwLock<Option<overlap::MetadataMap>>,
     /// What it knows of the images below, and those above of it.
@@ -233,6 +236,11 @@ impl<H: Host> Image<H> {
         self.size.load(Ordering::Acquire)
     }
 
+    /// What of the disk others see: whole sectors.
+    pub(crate) fn visible_size(&self) -> u64 {
+        self.size() & !511
+    }
+
     /// Whether the begin of the disk has an L2 table, as preallocation leaves
     /// it behind.
     pub fn begins_with_table(&self) -> bool {
@@ -293,10 +301,10 @@ impl<H: Host> Image<H> {
         self.forget_overlap_map();
         self.l2
             .resize(options.caches.l2_slices, options.caches.l2_slice_size);
+        self.own_pool.set_limit(options.caches.pool);
         // A chain has the memory of the image on top.
         if !self.links.is_watched() {
-            let pool = self.l2.pool();
-            pool.set_limit(options.caches.pool);
+            let pool = self.own_pool_on_top();
             pool.trim();
         }
     }

@@ -1,7 +1,7 @@
 //! Opening an image, writing back, and leaving it.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
 
 use lock_api::Mutex;
 use parking_lot::RwLock;
@@ -107,6 +107,7 @@ impl<H: Host> Image<H> {
         }
         let dirty = header.incompatible.contains(Incompatible::DIRTY);
         let caches = options.caches;
+        let own_pool = Pool::new(caches.pool);
         let image = Self {
             host,
             geometry,
@@ -116,8 +117,9 @@ impl<H: Host> Image<H> {
             l2: L2Cache::new(
                 caches.l2_slices,
                 caches.l2_slice_size,
-                Pool::new(caches.pool),
+                Arc::clone(&own_pool),
             ),
+            own_pool,
             overlap: RwLock::new(None),
             inflight: InFlight::default(),
             links: Links::default(),

@@ -50,6 +50,13 @@ impl<H: Host> Image<H> {
         self.l2.pool()
     }
 
+    /// The same for an image that nobody is on top of, be it that somebody was:
+    /// as much as its own options allow.
+    pub(crate) fn own_pool_on_top(&self) -> Arc<Pool> {
+        self.l2.move_to(&self.own_pool);
+        Arc::clone(&self.own_pool)
+    }
+
     /// Shares the memory of an image above from now on.
     pub(crate) fn join_pool(&self, pool: &Arc<Pool>) {
         self.l2.move_to(pool);

@@ -185,10 +185,10 @@ impl<H: Host> Image<H> {
         self.grow_l1(st, held.l1.len() as u64, true)?;
         let mut l1 = held.l1.clone();
         l1.resize(self.l1.len() as usize, 0);
-        self.links().changed_altogether();
         let old = self.l1.to_vec();
         self.write_active_l1(st, &l1)?;
         self.l1.replace(l1);
+        self.links().changed_altogether();
         self.forget_overlap_map();
         Ok(old)
     }
