@@ -7,9 +7,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{expect, json, name, same_shape};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
 use serde_json::{Value, json};
 
 fn node(name: &str, layers: u64) -> Value {
@@ -109,6 +112,35 @@ fn no_such_socket() {
         expect(1, &["metrics", &name(&path)]);
         server.join().unwrap();
     }
+}
+
+#[test]
+fn a_socket_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    // As QEMU does it: the next one may wait, and hears nothing.
+    let listener = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    );
+    let listener = listener.unwrap();
+    bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    listen(&listener, 1).unwrap();
+    let run = |quiet: &[&str]| {
+        let begin = Instant::now();
+        let error = expect(1, &[&["metrics"], quiet, &[&name(&path)]].concat());
+        assert!(begin.elapsed() < Duration::from_secs(20), "{error}");
+        assert!(error.contains("one client at a time"), "{error}");
+        error.contains("waiting for")
+    };
+    std::thread::scope(|scope| {
+        // More than there is room for in the queue.
+        let all = [&[][..], &[], &[], &["-q"]].map(|quiet| scope.spawn(move || run(quiet)));
+        let told = all.map(|one| one.join().unwrap());
+        assert_eq!(told, [true, true, true, false]);
+    });
 }
 
 /// Ends the process with the test.

@@ -411,6 +411,10 @@ pub struct Top {
     #[arg(long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
 
+    /// Do not say that the socket is waited for
+    #[arg(long, short)]
+    pub quiet: bool,
+
     /// The socket
     pub socket: PathBuf,
 }
@@ -423,6 +427,10 @@ Examples:
   qcow2-chain metrics /run/vm1.qmp > /var/lib/node_exporter/vm1.prom.new &&
     mv /var/lib/node_exporter/vm1.prom.new /var/lib/node_exporter/vm1.prom")]
 pub struct Metrics {
+    /// Do not say that the socket is waited for
+    #[arg(long, short)]
+    pub quiet: bool,
+
     /// The socket
     pub socket: PathBuf,
 }

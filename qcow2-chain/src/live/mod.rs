@@ -17,7 +17,7 @@ use sample::{ChainSample, Sample};
 
 /// Carries `metrics` out.
 pub fn metrics(args: &Metrics) -> Result<()> {
-    let sample = Sample::take(&mut Qmp::connect(&args.socket)?)?;
+    let sample = Sample::take(&mut Qmp::connect(&args.socket, args.quiet)?)?;
     io::stdout()
         .lock()
         .write_all(metrics::format(&sample).as_bytes())?;
@@ -26,7 +26,7 @@ pub fn metrics(args: &Metrics) -> Result<()> {
 
 /// Carries `top` out.
 pub fn top(args: &Top) -> Result<()> {
-    let mut qmp = Qmp::connect(&args.socket)?;
+    let mut qmp = Qmp::connect(&args.socket, args.quiet)?;
     let interval = Duration::from_secs_f64(args.interval.clamp(0.05, 86_400.0));
     let mut before: Option<(Instant, Sample)> = None;
     let mut taken = 0;

@@ -1,13 +1,22 @@
 //! A connection to a QMP socket.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Value, json};
 
+use crate::text;
+
+/// How long the socket may be somebody else's, and when the user is told.
+const BUSY: Duration = Duration::from_secs(10);
+const TELL: Duration = Duration::from_secs(2);
+/// How long until it is tried again to get into a full queue.
+const AGAIN: Duration = Duration::from_millis(100);
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of an answer at most.
@@ -21,17 +30,18 @@ pub struct Qmp {
 
 impl Qmp {
     /// Connects and negotiates.
-    pub fn connect(path: &Path) -> Result<Self> {
+    pub fn connect(path: &Path, quiet: bool) -> Result<Self> {
         let name = path.display();
-        let writer =
-            UnixStream::connect(path).with_context(|| format!("cannot connect to {name}"))?;
-        writer.set_read_timeout(Some(PATIENCE))?;
-        writer.set_write_timeout(Some(PATIENCE))?;
+        let mut wait = Wait::new(path, quiet);
+        let writer = wait.queue(path)?;
         let reader = BufReader::new(writer.try_clone()?);
         let mut qmp = Self { reader, writer };
+        wait.greeting(&mut qmp.reader)?;
+        qmp.writer.set_read_timeout(Some(PATIENCE))?;
+        qmp.writer.set_write_timeout(Some(PATIENCE))?;
         let greeting = qmp
             .line()
-            .with_context(|| format!("no greeting on {name} (in use by somebody else?)"))?;
+            .with_context(|| format!("no greeting on {name}"))?;
         ensure!(greeting.get("QMP").is_some(), "{name} does not speak QMP");
         qmp.command("qmp_capabilities", Value::Null)?;
         Ok(qmp)
@@ -67,4 +77,81 @@ impl Qmp {
         ensure!(line.ends_with(b"\n"), "the answer has no end");
         Ok(serde_json::from_slice(&line)?)
     }
+}
+
+/// Waiting for a socket that may be in use: who comes second stands in a queue
+/// and hears nothing, and who finds that full is turned away.
+struct Wait {
+    name: String,
+    begin: Instant,
+    quiet: bool,
+}
+
+impl Wait {
+    fn new(path: &Path, quiet: bool) -> Self {
+        Self {
+            name: path.display().to_string(),
+            begin: Instant::now(),
+            quiet,
+        }
+    }
+
+    /// Connects, which would wait for ever where the queue is full.
+    fn queue(&mut self, path: &Path) -> Result<UnixStream> {
+        let cannot = || format!("cannot connect to {}", path.display());
+        let address = SocketAddrUnix::new(path).with_context(cannot)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .with_context(cannot)?;
+        loop {
+            match connect(&socket, &address) {
+                Err(Errno::AGAIN | Errno::INTR) => self.still()?,
+                result => break result.with_context(cannot)?,
+            }
+            std::thread::sleep(AGAIN);
+        }
+        let stream = UnixStream::from(socket);
+        stream.set_nonblocking(false)?;
+        Ok(stream)
+    }
+
+    /// Waits until something is said.
+    fn greeting(&mut self, reader: &mut BufReader<UnixStream>) -> Result<()> {
+        loop {
+            reader.get_ref().set_read_timeout(Some(AGAIN))?;
+            match reader.fill_buf() {
+                Err(error) if is_pause(&error) => self.still()?,
+                result => {
+                    result.with_context(|| format!("no greeting on {}", self.name))?;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Nothing has come as yet.
+    fn still(&mut self) -> Result<()> {
+        let waited = self.begin.elapsed();
+        ensure!(
+            waited < BUSY,
+            "no greeting on {} in {} s: it serves one client at a time, and is in use by somebody \
+             else, or the program hangs",
+            self.name,
+            BUSY.as_secs()
+        );
+        if waited >= TELL && !self.quiet {
+            self.quiet = true;
+            text::note(&format!(
+                "qcow2-chain: waiting for {}: a QMP socket serves one client at a time",
+                text::printable(&self.name)
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Nothing came in time.
+fn is_pause(error: &io::Error) -> bool {
+    use ErrorKind::{Interrupted, TimedOut, WouldBlock};
+    matches!(error.kind(), Interrupted | TimedOut | WouldBlock)
 }
