@@ -242,7 +242,7 @@ fn goals() {
     assert!(
         text.contains("virsh blockcommit vm1") && text.contains("\"execute\":\"block-commit\"")
     );
-    expect(1, &["plan", &top]);
+    expect(2, &["plan", &top]);
 }
 
 #[test]

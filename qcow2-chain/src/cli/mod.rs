@@ -2,13 +2,15 @@
 //! nothing but clap is used here.
 
 mod models;
+mod values;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 #[allow(unused_imports, reason = "the build script needs only some")]
 pub use models::{Aio, Calibrate, Driver, Measure, Predict, Programs, Validate, What};
+use values::{count, positive, power_of_two, share, size};
 
 /// Looks at, checks, plans and builds chains of qcow2 images.
 ///
@@ -57,7 +59,7 @@ pub struct Common {
     pub allow: Vec<PathBuf>,
 
     /// The longest chain that is followed
-    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = count())]
     pub max_layers: usize,
 
     /// How the result is printed
@@ -91,12 +93,13 @@ pub struct View {
     #[command(flatten)]
     pub common: Common,
 
-    /// Draw the layers over the disk's addresses into this SVG file
+    /// Draw the layers over the disk's addresses into this SVG file; one that is
+    /// there is replaced
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 
     /// Write picture, histogram and table into this HTML page, which needs
-    /// nothing else
+    /// nothing else; one that is there is replaced
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 
@@ -128,27 +131,6 @@ pub struct Check {
 
     /// The image on top
     pub image: PathBuf,
-}
-
-/// A size in bytes, with an optional suffix K, M, G, T, P.
-fn size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = text[digits.len()..].to_ascii_uppercase();
-    let shift = match unit.trim_end_matches("IB") {
-        "" | "B" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        "P" => 50,
-        _ => return Err(format!("no unit: {unit}")),
-    };
-    let number: f64 = digits.parse().map_err(|_| "not a number".to_owned())?;
-    let bytes = number * (1u64 << shift) as f64;
-    if !(0.0..=(1u64 << 60) as f64).contains(&bytes) {
-        return Err("out of range".into());
-    }
-    Ok(bytes as u64)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -192,7 +174,7 @@ the next layer; without any the layers get equal parts."
 )]
 pub struct Build {
     /// Number of files in the chain, the base included
-    #[arg(long, value_name = "N", default_value_t = 300)]
+    #[arg(long, value_name = "N", default_value_t = 300, value_parser = count().range(1..=1_000_000))]
     pub layers: usize,
 
     /// Size of the disk
@@ -228,19 +210,19 @@ pub struct Build {
     pub trace: Option<PathBuf>,
 
     /// The higher, the fewer places are written most
-    #[arg(long, value_name = "S", default_value_t = 1.1)]
+    #[arg(long, value_name = "S", default_value_t = 1.1, value_parser = positive)]
     pub zipf_exponent: f64,
 
     /// Number of hot spots, each a two hundredth of the disk
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count())]
     pub hot_spots: usize,
 
     /// Share of the data that goes to hot spots
-    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share)]
     pub hot_share: f64,
 
     /// Clusters side by side at each place
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub run: u64,
 
     /// Clusters lie in each file in random order
@@ -248,7 +230,7 @@ pub struct Build {
     pub scatter: bool,
 
     /// Share of clusters that are compressed
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub compressed: f64,
 
     /// How they are
@@ -256,7 +238,7 @@ pub struct Build {
     pub compression: Codec,
 
     /// Share of clusters that are zero clusters
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub zeroes: f64,
 
     /// Images with subclusters
@@ -264,15 +246,15 @@ pub struct Build {
     pub extended_l2: bool,
 
     /// Share of clusters of which only some subclusters are there
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub subclusters: f64,
 
     /// Version of the format
     #[arg(long, value_name = "2|3", default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=3))]
     pub compat: u32,
 
-    /// Width of the refcounts, 1 to 64
-    #[arg(long, value_name = "BITS", default_value_t = 16)]
+    /// Width of the refcounts, a power of two from 1 to 64
+    #[arg(long, value_name = "BITS", default_value_t = 16, value_parser = power_of_two)]
     pub refcount_bits: u32,
 
     /// Links are absolute names
@@ -283,7 +265,8 @@ pub struct Build {
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 
-    /// Also write what the guest sees into this file, raw and sparse
+    /// Also write what the guest sees into this file, raw and sparse; one that
+    /// is there is replaced
     #[arg(long, value_name = "FILE")]
     pub expected: Option<PathBuf>,
 
@@ -321,7 +304,10 @@ pub enum Method {
 /// qemu-img are printed. The lowest layer stays as it is, as other chains may
 /// use it, unless --into-base is given.
 #[derive(Args, Debug)]
-#[command(after_long_help = "\
+#[command(
+    group = ArgGroup::new("goal").required(true).multiple(true)
+        .args(["depth", "keep_last", "max_bytes", "latency", "memory"]),
+    after_long_help = "\
 Examples:
   qcow2-chain plan --depth 50 top.qcow2
   qcow2-chain plan --keep-last 7 --domain vm1 --target vda top.qcow2
@@ -329,13 +315,14 @@ Examples:
   qcow2-chain plan --latency 200 --memory 100M top.qcow2
 
 Exit code 5: the goal is not reached, as --keep-last or --max-bytes stand in
-the way, or no chain is short enough. What can be done is printed all the same.")]
+the way, or no chain is short enough. What can be done is printed all the same."
+)]
 pub struct Plan {
     #[command(flatten)]
     pub common: Common,
 
     /// At most this many layers are left
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count())]
     pub depth: Option<usize>,
 
     /// The topmost N layers stay as they are; without --depth all that are
@@ -348,7 +335,7 @@ pub struct Plan {
     pub max_bytes: Option<u64>,
 
     /// A 4 KiB read of data takes no longer than so many microseconds
-    #[arg(long, value_name = "US")]
+    #[arg(long, value_name = "US", value_parser = positive)]
     pub latency: Option<f64>,
 
     /// QEMU needs no more memory for the chain than this, itself included
@@ -400,11 +387,11 @@ Examples:
   qcow2-chain top --count 1 --output json /run/vm1.qmp")]
 pub struct Top {
     /// Seconds between two looks
-    #[arg(long, short, value_name = "SECONDS", default_value_t = 2.0)]
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 2.0, value_parser = positive)]
     pub interval: f64,
 
     /// End after so many looks
-    #[arg(long, short, value_name = "N")]
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
 
     /// How the result is printed; JSON is one line for each look

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::values::count;
 use super::{Common, Output};
 
 /// A driver for qcow2 images.
@@ -98,7 +99,7 @@ pub struct Calibrate {
     pub calibration: Option<PathBuf>,
 
     /// Every figure is the best of so many
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count())]
     pub rounds: usize,
 
     /// Measure no longer chains: faster, but what is longer is then predicted
@@ -137,7 +138,7 @@ pub struct Validate {
     pub prediction: Prediction,
 
     /// So many chains
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = count())]
     pub chains: usize,
 
     /// Other chains
@@ -145,10 +146,11 @@ pub struct Validate {
     pub seed: u64,
 
     /// Every figure is the best of so many, as with `calibrate`
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count())]
     pub rounds: usize,
 
-    /// Keep what was measured in this file, and go on where it ends
+    /// Keep what was measured in this file, after each chain, and go on where it
+    /// ends
     #[arg(long, value_name = "FILE")]
     pub results: Option<PathBuf>,
 
@@ -156,7 +158,8 @@ pub struct Validate {
     #[arg(long, value_name = "N")]
     pub seconds: Option<u64>,
 
-    /// Write the table of predicted and measured into this file
+    /// Write the table of predicted and measured into this file; one that is
+    /// there is replaced
     #[arg(long, value_name = "FILE")]
     pub markdown: Option<PathBuf>,
 
@@ -204,7 +207,7 @@ pub struct Measure {
     pub prediction: Prediction,
 
     /// Every figure is the best of so many
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count())]
     pub rounds: usize,
 
     /// Places of data, and of holes, that are read one by one

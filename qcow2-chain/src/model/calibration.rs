@@ -245,7 +245,7 @@ impl Calibration {
     pub fn load(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         let data = std::fs::metadata(path).with_context(|| {
-            format!("no calibration in {name}: make one with `qcow2-chain calibrate`")
+            format!("no calibration in {name}: make one with `qcow2-chain calibrate --qemu DIR`")
         })?;
         ensure!(
             data.is_file() && data.len() <= MAX_FILE,
