@@ -18,20 +18,70 @@ mod text;
 mod validate;
 mod view;
 
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
-use clap::Parser;
+use anyhow::{Context, Result, bail};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 
-use chain::Policy;
+use chain::{Chain, Policy};
 use cli::{Cli, Command, Common};
 
 /// The command could not do its work.
 const FAILED: u8 = 1;
+/// The command line was wrong.
+const USAGE: u8 = 2;
+
+/// What is wrong with the command line, where only the whole of it shows that.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::View(args) => view::run(&args).map(|()| 0),
+    let result = run(Cli::parse().command);
+    match result {
+        Ok(code) => ExitCode::from(code),
+        // Somebody has seen enough: `qcow2-chain view ... | head`.
+        Err(error) if text::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = complain(&error);
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Says what went wrong, where somebody can be told; the exit code.
+fn complain(error: &anyhow::Error) -> u8 {
+    if let Some(usage) = error.downcast_ref::<Usage>() {
+        let message = text::printable(&usage.0);
+        let _ = Cli::command()
+            .error(ErrorKind::ValueValidation, message)
+            .print();
+        return USAGE;
+    }
+    let message = text::printable(&format!("{error:#}"));
+    let _ = writeln!(io::stderr(), "qcow2-chain: {message}");
+    FAILED
+}
+
+fn run(command: Command) -> Result<u8> {
+    match command {
+        Command::View(args) => {
+            for path in args.svg.iter().chain(&args.html) {
+                spare_layers(path, &args.image, &args.common)?;
+            }
+            view::run(&args).map(|()| 0)
+        }
         Command::Check(args) => check::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Top(args) => live::top(&args).map(|()| 0),
@@ -41,16 +91,25 @@ fn main() -> ExitCode {
         Command::Validate(args) => validate::run(&args),
         Command::Measure(args) => measure::run(&args).map(|()| 0),
         Command::Build(args) => build::run(&args).map(|()| 0),
-    };
-    match result {
-        Ok(code) => ExitCode::from(code),
-        // Somebody has seen enough: `qcow2-chain view ... | head`.
-        Err(error) if text::is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("qcow2-chain: {}", text::printable(&format!("{error:#}")));
-            ExitCode::from(FAILED)
-        }
     }
+}
+
+/// Refuses to write into a file that is a layer of the chain.
+fn spare_layers(path: &Path, image: &Path, common: &Common) -> Result<()> {
+    let Ok(found) = path.metadata() else {
+        return Ok(());
+    };
+    let chain = Chain::open(image, &common.policy()?)?;
+    let id = (found.dev(), found.ino());
+    let layer = chain.layers.iter().find(|layer| layer.file.id == id);
+    if let Some(layer) = layer {
+        bail!(
+            "{} is a layer of the chain ({}): name another file",
+            path.display(),
+            layer.real.display()
+        );
+    }
+    Ok(())
 }
 
 impl Common {
@@ -66,7 +125,7 @@ impl Common {
             .collect::<Result<_>>()?;
         Ok(Policy {
             allow,
-            max_layers: self.max_layers.max(1),
+            max_layers: self.max_layers,
         })
     }
 }

@@ -4,7 +4,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -90,10 +90,25 @@ pub fn print_table(out: &mut dyn Write, table: &Table) -> io::Result<()> {
 
 /// Prints JSON.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// Prints the result.
+pub fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
-    Ok(())
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    unless_closed(written.context("cannot write the result"))
+}
+
+/// The result is the same, and with it the exit code, when nobody wants to read
+/// it to its end.
+pub fn unless_closed(printed: Result<()>) -> Result<()> {
+    match printed {
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        other => other,
+    }
 }
 
 /// Says something beside the result, where somebody can be told.

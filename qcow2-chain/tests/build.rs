@@ -269,15 +269,17 @@ fn wrong_arguments() {
         ["--compressed", "2"],
         ["--subclusters", "0.5"],
         ["--zipf-exponent", "0"],
-        ["--disk", "1000P"],
+        ["--disk", "1X"],
+        ["--hot-spots", "0"],
+        ["--compressed", "nan"],
     ] {
         let mut all = vec!["build"];
         all.extend(args);
         all.push(&dir);
-        expect(1, &all);
+        expect(2, &all);
     }
-    expect(2, &["build", "--disk", "1X", &dir]);
     expect(2, &["build"]);
+    expect(1, &["build", "--disk", "1000P", &dir]);
 }
 
 #[test]

@@ -20,6 +20,7 @@ use rust_qcow2::format::refcount::RefcountOrder;
 use rust_qcow2::image::create::cluster_bits;
 use serde::Serialize;
 
+use crate::Usage;
 use crate::cli::{Build, Codec, Output};
 use crate::text::{self, Progress, bytes};
 use content::Content;
@@ -71,7 +72,7 @@ pub fn run(args: &Build) -> Result<()> {
 /// Makes the chain.
 pub fn make(args: &Build) -> Result<Report> {
     let begin = Instant::now();
-    let plan = Plan::new(args)?;
+    let plan = Plan::new(args).map_err(|error| Usage(format!("{error:#}")))?;
     prepare(args)?;
     let unit = plan.units().min().unwrap_or(65536);
     let mut expected = args.expected.as_ref().map(|_| Expected::new(unit));
