@@ -5,6 +5,7 @@ mod build;
 mod calibrate;
 mod chain;
 mod check;
+mod cleanup;
 #[allow(missing_docs, reason = "the comments there are what users read")]
 mod cli;
 mod coverage;
@@ -49,6 +50,7 @@ impl std::error::Error for Usage {}
 
 fn main() -> ExitCode {
     let result = run(Cli::parse().command);
+    cleanup::done();
     match result {
         Ok(code) => ExitCode::from(code),
         // Somebody has seen enough: `qcow2-chain view ... | head`.
@@ -75,6 +77,10 @@ fn complain(error: &anyhow::Error) -> u8 {
 }
 
 fn run(command: Command) -> Result<u8> {
+    use Command::{Build, Calibrate, Measure, Validate};
+    if matches!(command, Build(_) | Calibrate(_) | Measure(_) | Validate(_)) {
+        cleanup::on_signals()?;
+    }
     match command {
         Command::View(args) => {
             for path in args.svg.iter().chain(&args.html) {

@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::io::Read;
+use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use common::{expect, json, name, qemu, run, same_shape, thousand_layers};
@@ -280,6 +283,104 @@ fn wrong_arguments() {
     }
     expect(2, &["build"]);
     expect(1, &["build", "--disk", "1000P", &dir]);
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+}
+
+#[test]
+fn two_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = name(&dir.path().join("c"));
+    let words = ["build", "--layers", "100", &chain];
+    let mut both = [0, 1].map(|_| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_qcow2-chain"));
+        let command = command.args(words).stdout(Stdio::null());
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    });
+    let ends = both.each_mut().map(|child| {
+        let mut text = String::new();
+        let error = child.stderr.as_mut().unwrap();
+        error.read_to_string(&mut text).unwrap();
+        (child.wait().unwrap().code(), text)
+    });
+    let (_, error) = ends.iter().find(|(code, _)| *code == Some(1)).unwrap();
+    assert!(error.contains(&chain), "{error}");
+    assert!(ends.iter().any(|(code, _)| *code == Some(0)), "{ends:?}");
+    // What the other one made is whole.
+    assert_eq!(
+        json(0, &["check", &format!("{chain}/l99.qcow2")])["depth"],
+        100
+    );
+}
+
+#[test]
+fn where_the_expected_content_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = name(&dir.path().join("c"));
+    // Before anything is made.
+    for nowhere in [name(&dir.path().join("no/raw")), "/dev/null".into()] {
+        let error = expect(1, &["build", "--expected", &nowhere, &chain]);
+        assert!(error.contains(&nowhere), "{error}");
+        assert!(!Path::new(&chain).exists());
+    }
+    expect(0, &["build", "--layers", "2", &chain]);
+    let base = format!("{chain}/l0.qcow2");
+    let before = std::fs::read(&base).unwrap();
+    let (link, same) = (
+        name(&dir.path().join("link")),
+        name(&dir.path().join("same")),
+    );
+    std::os::unix::fs::symlink(&base, &link).unwrap();
+    std::fs::hard_link(&base, &same).unwrap();
+    for path in [base.clone(), format!("{chain}/l7.qcow2"), link, same] {
+        let words = [
+            "build",
+            "--force",
+            "--layers",
+            "2",
+            "--expected",
+            &path,
+            &chain,
+        ];
+        let error = expect(1, &words);
+        assert!(error.contains("a layer of the chain"), "{error}");
+    }
+    assert_eq!(std::fs::read(&base).unwrap(), before);
+    assert_eq!(std::fs::read_dir(&chain).unwrap().count(), 2);
+    // Longer than what replaces it.
+    let raw = format!("{chain}/raw");
+    std::fs::write(&raw, vec![1; 1 << 20]).unwrap();
+    let words = [
+        "build",
+        "--force",
+        "--layers",
+        "2",
+        "--disk",
+        "64K",
+        "--expected",
+        &raw,
+        &chain,
+    ];
+    expect(0, &words);
+    assert_eq!(std::fs::metadata(&raw).unwrap().len(), 65536);
+}
+
+#[test]
+fn traces_beyond_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (trace, chain) = (dir.path().join("trace"), name(&dir.path().join("c")));
+    std::fs::write(&trace, "vda write 0 4096\nvda write 1048576 1\n").unwrap();
+    let trace = name(&trace);
+    let words = [
+        "build", "--layers", "2", "--disk", "1M", "--trace", &trace, &chain,
+    ];
+    let error = expect(1, &words);
+    assert!(
+        error.contains("line 2") && error.contains(&trace),
+        "{error}"
+    );
+    assert!(!Path::new(&chain).exists());
+    // The second layer's disk is larger.
+    expect(0, &[&words[..], &["--grow", "512"]].concat());
 }
 
 #[test]

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use rustc_hash::FxHashMap;
 
@@ -65,12 +64,13 @@ impl Expected {
     /// seen through larger ones.
     pub fn write(
         &self,
-        path: &Path,
+        file: &File,
         content: &Content,
         size: &dyn Fn(usize) -> u64,
         args: &Build,
     ) -> io::Result<()> {
-        let file = File::create(path)?;
+        // Nothing of what was there before.
+        file.set_len(0)?;
         file.set_len(size(args.layers - 1))?;
         let mut units: Vec<_> = self.units.iter().filter(|(_, owner)| !owner.zero).collect();
         units.sort_unstable_by_key(|(unit, _)| **unit);

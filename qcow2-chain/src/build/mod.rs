@@ -3,11 +3,12 @@
 
 mod content;
 mod expected;
+mod place;
 mod places;
 pub mod writer;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::time::Instant;
@@ -21,10 +22,12 @@ use rust_qcow2::image::create::cluster_bits;
 use serde::Serialize;
 
 use crate::Usage;
+use crate::cleanup::Unfinished;
 use crate::cli::{Build, Codec, Output};
 use crate::text::{self, Progress, bytes};
 use content::Content;
 use expected::Expected;
+use place::Place;
 use places::Places;
 use writer::{Format, What};
 
@@ -57,13 +60,13 @@ pub fn run(args: &Build) -> Result<()> {
     match args.output {
         Output::Json => text::print_json(&report),
         Output::Table => {
-            println!("{}", text::printable(&report.top));
-            eprintln!(
+            text::print(&format!("{}\n", text::printable(&report.top)))?;
+            text::note(&format!(
                 "{} layers, {} in {:.1} s",
                 report.layers,
                 bytes(report.file_bytes),
                 report.seconds
-            );
+            ));
             Ok(())
         }
     }
@@ -73,7 +76,9 @@ pub fn run(args: &Build) -> Result<()> {
 pub fn make(args: &Build) -> Result<Report> {
     let begin = Instant::now();
     let plan = Plan::new(args).map_err(|error| Usage(format!("{error:#}")))?;
-    prepare(args)?;
+    // What cannot be done is found before anything is removed or made.
+    let mut places = Places::new(args, &|layer| plan.size(layer))?;
+    let place = Place::take(args)?;
     let unit = plan.units().min().unwrap_or(65536);
     let mut expected = args.expected.as_ref().map(|_| Expected::new(unit));
     let content = Content::new(args.seed);
@@ -94,7 +99,7 @@ pub fn make(args: &Build) -> Result<Report> {
                     // Only fetching is done under the lock.
                     let job = receive.lock().ok().and_then(|queue| queue.recv().ok());
                     let Some(job) = job else { break };
-                    let result = carry_out(&job, &content);
+                    let result = carry_out(&job, &content, &place.made);
                     bar.at(done.fetch_add(1, Ordering::Relaxed) + 1);
                     if let Ok(mut written) = written.lock() {
                         match (&mut *written, result) {
@@ -106,7 +111,7 @@ pub fn make(args: &Build) -> Result<Report> {
                 }
             });
         }
-        plan.layers(&mut expected, &mut |job| {
+        plan.layers(&mut places, &mut expected, &mut |job| {
             let failed = written.lock().is_ok_and(|written| written.is_err());
             !failed && send.send(job).is_ok()
         })
@@ -115,11 +120,12 @@ pub fn make(args: &Build) -> Result<Report> {
     let file_bytes = written
         .into_inner()
         .unwrap_or_else(|_| bail!("a thread has ended"))?;
-    if let (Some(path), Some(expected)) = (&args.expected, &expected) {
+    if let (Some(to), Some(expected)) = (&place.expected, &expected) {
         expected
-            .write(path, &content, &|layer| plan.size(layer), args)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+            .write(&to.file, &content, &|layer| plan.size(layer), args)
+            .with_context(|| format!("cannot write {}", to.path.display()))?;
     }
+    place.made.keep();
     Ok(Report {
         top: plan.path(args.layers - 1).display().to_string(),
         layers: args.layers,
@@ -142,9 +148,6 @@ struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     fn new(args: &'a Build) -> Result<Self> {
-        ensure!(args.layers > 0, "--layers: at least 1");
-        ensure!(args.layers <= 1_000_000, "--layers: at most 1000000");
-        ensure!(args.run > 0, "--run: at least 1");
         ensure!(
             args.disk > 0 && args.disk % 512 == 0 && args.grow % 512 == 0,
             "--disk and --grow: multiples of 512"
@@ -154,14 +157,6 @@ impl<'a> Plan<'a> {
             .iter()
             .map(|size| Ok(cluster_bits(*size, false)?));
         let bits: Vec<u32> = bits.collect::<Result<_>>().context("--cluster-size")?;
-        for (share, name) in [
-            (args.compressed, "--compressed"),
-            (args.zeroes, "--zeroes"),
-            (args.subclusters, "--subclusters"),
-            (args.hot_share, "--hot-share"),
-        ] {
-            ensure!((0.0..=1.0).contains(&share), "{name}: a share from 0 to 1");
-        }
         let v2 = args.compat == 2;
         ensure!(
             !(v2 && (args.zeroes > 0.0 || args.extended_l2 || args.refcount_bits != 16)),
@@ -179,12 +174,8 @@ impl<'a> Plan<'a> {
             args.subclusters == 0.0 || args.extended_l2,
             "--subclusters needs --extended-l2"
         );
-        ensure!(args.zipf_exponent > 0.0, "--zipf-exponent: above 0");
-        let refcount_bits = args.refcount_bits;
-        let refcount_order = Some(refcount_bits)
-            .filter(|bits| bits.is_power_of_two())
-            .and_then(|bits| RefcountOrder::new(bits.ilog2()))
-            .context("--refcount-bits: a power of two from 1 to 64")?;
+        let refcount_order =
+            RefcountOrder::new(args.refcount_bits.ilog2()).context("--refcount-bits")?;
         Ok(Self {
             args,
             cluster_bits: bits,
@@ -223,11 +214,11 @@ impl<'a> Plan<'a> {
     /// Draws all layers from the base up. `send` returns `false` to stop.
     fn layers(
         &self,
+        places: &mut Places,
         expected: &mut Option<Expected>,
         send: &mut dyn FnMut(Job) -> bool,
     ) -> Result<()> {
         let args = self.args;
-        let mut places = Places::new(args)?;
         let mut random = ChaCha8Rng::seed_from_u64(args.seed ^ 0xD1B5_4A32_D192_ED03);
         let dir = args.dir.canonicalize()?;
         for layer in 0..args.layers {
@@ -316,47 +307,26 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn prepare(args: &Build) -> Result<()> {
-    let dir = &args.dir;
-    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let name = name.to_str().unwrap_or_default();
-        let number = name
-            .strip_prefix('l')
-            .and_then(|rest| rest.strip_suffix(".qcow2").or(rest.strip_suffix(".raw")));
-        let ours = number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-        if ours {
-            ensure!(
-                args.force,
-                "{} has a chain already: --force replaces it",
-                dir.display()
-            );
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
+fn carry_out(job: &Job, content: &Content, made: &Unfinished) -> Result<u64> {
+    let name = job.path.display();
+    let file = made.file(&job.path).with_context(|| {
+        format!("cannot make {name}; if somebody else writes there, name another directory")
+    })?;
 
-fn carry_out(job: &Job, content: &Content) -> Result<u64> {
     let fill = |number: u64, compressible: bool, bytes: &mut [u8]| {
         content.fill(job.layer, number, compressible, bytes);
     };
-    if job.raw {
-        return raw(&job.path, &job.format, &job.clusters, &fill);
-    }
-    writer::write(&job.path, &job.format, &job.clusters, &fill)
+    let write = if job.raw { raw } else { writer::write_to };
+    write(&file, &job.format, &job.clusters, &fill).with_context(|| name.to_string())
 }
 
 fn raw(
-    path: &Path,
+    file: &File,
     format: &Format,
     clusters: &[(u64, What)],
     fill: &dyn Fn(u64, bool, &mut [u8]),
 ) -> Result<u64> {
     use std::os::unix::fs::FileExt;
-    let file = fs::File::create_new(path)?;
     file.set_len(format.size)?;
     let mut bytes = vec![0; 1 << format.cluster_bits];
     for (number, _) in clusters {

@@ -54,6 +54,8 @@ struct Event {
     offset: u64,
     len: u64,
     zero: bool,
+    /// Of the trace.
+    line: usize,
 }
 
 /// The clusters of a layer: with data, and of zeroes.
@@ -64,16 +66,17 @@ pub struct Drawn {
 }
 
 impl Places {
-    /// The pattern that the user asked for.
-    pub fn new(args: &Build) -> Result<Self> {
+    /// The pattern that the user asked for; `size` has the disk of each layer.
+    pub fn new(args: &Build, size: &dyn Fn(usize) -> u64) -> Result<Self> {
         let mut random = ChaCha8Rng::seed_from_u64(args.seed ^ 0x9E37_79B9_7F4A_7C15);
         let pattern = match args.place {
             _ if args.trace.is_some() => {
                 let path = args.trace.as_deref().unwrap_or(Path::new(""));
                 let text = std::fs::read_to_string(path)
                     .with_context(|| format!("cannot read {}", path.display()))?;
-                let layers =
-                    parse_trace(&text, args.layers).with_context(|| path.display().to_string())?;
+                let layers = parse_trace(&text, args.layers)
+                    .and_then(|layers| within(layers, size))
+                    .with_context(|| path.display().to_string())?;
                 Pattern::Trace(Trace {
                     layers: layers.into_iter(),
                 })
@@ -89,10 +92,8 @@ impl Places {
             },
             Place::Sequential => Pattern::Sequential { next: 0 },
             Place::Ageing => Pattern::Ageing {
-                spots: (0..args.hot_spots.max(1))
-                    .map(|_| random.random())
-                    .collect(),
-                share: args.hot_share.clamp(0.0, 1.0),
+                spots: (0..args.hot_spots).map(|_| random.random()).collect(),
+                share: args.hot_share,
             },
         };
         Ok(Self { pattern, random })
@@ -215,7 +216,7 @@ impl Trace {
         let mut last = std::collections::BTreeMap::new();
         for event in self.layers.next().unwrap_or_default() {
             let end = event.offset.saturating_add(event.len).min(disk);
-            if event.offset >= end {
+            if event.len == 0 {
                 continue;
             }
             let (from, upto) = if event.zero {
@@ -254,7 +255,12 @@ fn parse_trace(text: &str, layers: usize) -> Result<Vec<Vec<Event>>> {
                 };
                 let zero = *action == "trim";
                 if let Some(part) = parts.last_mut() {
-                    part.push(Event { offset, len, zero });
+                    part.push(Event {
+                        offset,
+                        len,
+                        zero,
+                        line: number + 1,
+                    });
                 }
             }
             // Opening, closing, reading, waiting.
@@ -270,6 +276,27 @@ fn parse_trace(text: &str, layers: usize) -> Result<Vec<Vec<Event>>> {
         bail!("no line ends in \"write OFFSET LENGTH\"");
     }
     Ok(parts)
+}
+
+/// Refuses what is beyond the end of a layer's disk.
+fn within(layers: Vec<Vec<Event>>, size: &dyn Fn(usize) -> u64) -> Result<Vec<Vec<Event>>> {
+    for (layer, events) in layers.iter().enumerate() {
+        let disk = size(layer);
+        let beyond = |event: &&Event| {
+            let end = event.offset.checked_add(event.len);
+            end.is_none_or(|end| end > disk)
+        };
+        if let Some(Event {
+            offset, len, line, ..
+        }) = events.iter().find(beyond)
+        {
+            bail!(
+                "line {line}: {len} bytes at {offset} are beyond the end of the disk, which has \
+                 {disk} (--disk)"
+            );
+        }
+    }
+    Ok(layers)
 }
 
 #[cfg(test)]
@@ -296,6 +323,15 @@ mod tests {
                 .len(),
             2
         );
+        let beyond = |trace| within(parse_trace(trace, 2).unwrap(), &|_| 4096);
+        assert!(beyond("write 0 4096").is_ok());
+        for trace in [
+            "write 0 1\ntrim 4096 1",
+            "write 0 1\nwrite 1 18446744073709551615",
+        ] {
+            let error = beyond(trace).err().unwrap().to_string();
+            assert!(error.starts_with("line 2:"), "{error}");
+        }
         assert!(parse_trace("write x 1", 2).is_err());
         assert!(parse_trace("", 2).is_err());
     }

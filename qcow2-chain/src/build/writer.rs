@@ -50,22 +50,32 @@ pub enum What {
     },
 }
 
-/// Writes an image with the clusters given, in ascending order; `fill` makes
-/// their content. Returns the length of the file.
+/// Writes a file that is not there; see `write_to`.
 pub fn write(
     path: &Path,
     format: &Format,
     clusters: &[(u64, What)],
     fill: &dyn Fn(u64, bool, &mut [u8]),
 ) -> Result<u64> {
-    let file = File::create_new(path)?;
+    let name = || path.display().to_string();
+    let file = File::create_new(path).with_context(name)?;
+    write_to(&file, format, clusters, fill).with_context(name)
+}
+
+/// Writes into an empty file an image with the clusters given, in ascending order; `fill` makes
+/// their content. Returns the length of the file.
+pub fn write_to(
+    file: &File,
+    format: &Format,
+    clusters: &[(u64, What)],
+    fill: &dyn Fn(u64, bool, &mut [u8]),
+) -> Result<u64> {
     Writer {
-        file: &file,
+        file,
         format,
         cluster: 1 << format.cluster_bits,
     }
     .image(clusters, fill)
-    .with_context(|| path.display().to_string())
 }
 
 struct Writer<'a> {

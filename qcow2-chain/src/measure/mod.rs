@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::chain::{Chain, End, Kind};
+use crate::cleanup::Unfinished;
 use crate::cli::{Aio, Driver, Measure, Output, What};
 use crate::model::calibration::Predicted;
 use crate::model::figure::Figure;
@@ -212,31 +213,29 @@ impl Figure {
     }
 }
 
-/// A directory of ours that goes with everything in it.
-pub struct Temporary(pub PathBuf);
+/// A directory of ours that goes with everything in it, also when a signal ends
+/// the program.
+pub struct Temporary(
+    pub PathBuf,
+    #[allow(dead_code, reason = "it is there to be dropped")] Unfinished,
+);
 
 impl Temporary {
     /// Makes one.
     pub fn new(parent: Option<&Path>) -> Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
+        let unfinished = Unfinished::new();
         let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
         for _ in 0..100 {
             let name = format!("qcow2-chain.{:016x}", rand::random::<u64>());
             let path = parent.join(name);
-            match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+            match unfinished.tree(&path) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 result => {
                     result.with_context(|| format!("cannot make {}", path.display()))?;
-                    return Ok(Self(path));
+                    return Ok(Self(path, unfinished));
                 }
             }
         }
         anyhow::bail!("no name for a temporary directory in {}", parent.display())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
