@@ -118,9 +118,9 @@ pub fn run(args: &Calibrate) -> Result<()> {
     rustix::fs::sync();
     let qemu = Qemu::new(&args.programs, &points[0].subject.top)?;
     let version = qemu.version()?;
-    let total = points.len() * args.rounds.max(1);
+    let total = points.len() * args.rounds;
     let bar = Progress::new("measuring", total, args.quiet);
-    for round in 0..args.rounds.max(1) {
+    for round in 0..args.rounds {
         let count = points.len();
         for (number, point) in points.iter_mut().enumerate() {
             let Point { subject, .. } = point;

@@ -111,6 +111,12 @@ impl Drop for Unfinished {
     }
 }
 
+/// Does something that a signal does not interrupt.
+pub fn uninterrupted<T>(work: impl FnOnce() -> T) -> T {
+    let _held = registered();
+    work()
+}
+
 /// The work is done, and its result is what counts: a signal that comes now
 /// ends nothing any more, one that came before ends the program here.
 pub fn done() {

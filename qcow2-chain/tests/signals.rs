@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{calibration, json, name};
+use common::{calibration, json, name, qemu};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::Value;
 
 fn start(args: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_qcow2-chain"))
@@ -25,7 +26,7 @@ fn start(args: &[&str]) -> Child {
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is_so() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "{what}");
+        assert!(begin.elapsed() < Duration::from_secs(180), "{what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -135,4 +136,42 @@ fn no_temporary_directories_and_programs() {
         assert!(entries(&temp).is_empty());
         until("no program", || !runs(&id));
     }
+}
+
+#[test]
+fn what_was_measured_is_kept() {
+    let Some(img) = qemu("qemu-img") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (results, temp) = (dir.path().join("found"), dir.path().join("temp"));
+    fs::create_dir(&temp).unwrap();
+    let constants = calibration(dir.path());
+    let (bin, place, file) = (name(img.parent().unwrap()), name(&temp), name(&results));
+    let mut words = vec![
+        "validate",
+        "--rounds",
+        "1",
+        "--queue-depth",
+        "1",
+        "--chains",
+        "3",
+    ];
+    words.extend(["--qemu", &bin, "--temp", &place]);
+    words.extend(["--calibration", &constants, "--results", &file]);
+    let child = start(&words);
+    let kept = || -> usize {
+        let text = fs::read_to_string(&results).unwrap_or_default();
+        // Never half a file.
+        let all: Value = if text.is_empty() {
+            Value::Null
+        } else {
+            text.parse().unwrap()
+        };
+        let kept = all["measured"]["qcow2"].as_object();
+        kept.map_or(0, |kept| kept.len())
+    };
+    until("a chain", || kept() > 0);
+    end(child, Signal::INT);
+    assert!((1..3).contains(&kept()));
+    assert_eq!(entries(&temp).len(), 0);
+    assert!(!dir.path().join("found.new").exists());
 }

@@ -4,7 +4,7 @@ mod draw;
 mod report;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::build;
 use crate::calibrate::build_args;
+use crate::cleanup::uninterrupted;
 use crate::cli::{Output, Validate};
 use crate::measure::Temporary;
 use crate::measure::qemu::Qemu;
@@ -61,12 +62,15 @@ pub fn run(args: &Validate) -> Result<u8> {
     let known = known.with_context(|| format!("{path}: {} is not calibrated", driver.name()))?;
     let mut results = match &args.results {
         Some(path) if path.exists() => {
-            let text = std::fs::read_to_string(path)?;
+            let text = std::fs::read_to_string(path);
+            let text = text.with_context(|| format!("cannot read {}", path.display()))?;
             serde_json::from_str(&text).with_context(|| path.display().to_string())?
         }
         _ => Results::default(),
     };
-    let of_driver = results.measured.entry(driver.name().into()).or_default();
+    results.measured.entry(driver.name().into()).or_default();
+    // Nor is it a time to learn that nothing can be written.
+    results.save(args)?;
     let seeds: Vec<_> = (0..args.chains as u64)
         .map(|number| args.seed + number)
         .collect();
@@ -74,7 +78,7 @@ pub fn run(args: &Validate) -> Result<u8> {
     let missing: Vec<_> = seeds
         .iter()
         .copied()
-        .filter(|seed| !of_driver.contains_key(seed))
+        .filter(|seed| !results.measured[driver.name()].contains_key(seed))
         .collect();
     let mut left = missing.len();
     for batch in missing.chunks(BATCH) {
@@ -82,23 +86,25 @@ pub fn run(args: &Validate) -> Result<u8> {
         if limit.is_some_and(|limit| begin.elapsed() > limit) {
             break;
         }
-        of_driver.extend(measure(args, batch)?);
-        left -= batch.len();
-        bar.at(seeds.len() - left);
+        measure(args, batch, &mut |seed, measured| {
+            let of_driver = results.measured.entry(driver.name().into()).or_default();
+            of_driver.insert(seed, measured);
+            left -= 1;
+            bar.at(seeds.len() - left);
+            results.save(args)
+        })?;
     }
     drop(bar);
-    let chosen = of_driver.iter().filter(|(seed, _)| seeds.contains(seed));
+    let measured = results.measured[driver.name()].iter();
+    let chosen = measured.filter(|(seed, _)| seeds.contains(seed));
     let report = Report::new(known, chosen, left, calibration.warnings());
-    if let Some(path) = &args.results {
-        save(path, &results)?;
-    }
     if let Some(path) = &args.markdown {
         std::fs::write(path, report.markdown())
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     match args.output {
         Output::Json => text::print_json(&report)?,
-        Output::Table => print!("{}", report.markdown()),
+        Output::Table => text::print(&report.markdown())?,
     }
     Ok(if report.within_limits { 0 } else { TOO_FAR })
 }
@@ -113,8 +119,13 @@ struct Drawn {
 }
 
 /// Measures the chains of some seeds, in rounds in which each has its turn: what
-/// else goes on lasts for longer than a single chain takes.
-fn measure(args: &Validate, seeds: &[u64]) -> Result<Vec<(u64, Measured)>> {
+/// else goes on lasts for longer than a single chain takes. `found` gets each
+/// after its last turn.
+fn measure(
+    args: &Validate,
+    seeds: &[u64],
+    found: &mut dyn FnMut(u64, Measured) -> Result<()>,
+) -> Result<()> {
     let drawn = seeds.iter().map(|seed| {
         let drawn = Drawn::make(args, Recipe::draw(*seed));
         drawn.with_context(|| format!("seed {seed}"))
@@ -122,20 +133,19 @@ fn measure(args: &Validate, seeds: &[u64]) -> Result<Vec<(u64, Measured)>> {
     let mut drawn = drawn.collect::<Result<Vec<_>>>()?;
     // Or the files would be written while others are measured.
     rustix::fs::sync();
-    for round in 0..args.rounds.max(1) {
+    for round in 0..args.rounds {
         for (drawn, seed) in drawn.iter_mut().zip(seeds) {
             let Drawn { qemu, temp, .. } = drawn;
             let queue_depths = &args.prediction.queue_depth;
             let done = drawn.subject.round(round, qemu, &temp.0, queue_depths);
             done.with_context(|| format!("seed {seed}"))?;
+            if round + 1 == args.rounds {
+                found(*seed, drawn.finish()?)?;
+            }
         }
     }
-    let measured = drawn.into_iter().map(Drawn::finish);
-    seeds
-        .iter()
-        .zip(measured)
-        .map(|(seed, measured)| Ok((*seed, measured?)))
-        .collect()
+    // Only now are the chains removed: that would disturb the others.
+    Ok(())
 }
 
 impl Drawn {
@@ -153,24 +163,38 @@ impl Drawn {
         })
     }
 
-    fn finish(self) -> Result<Measured> {
-        let Subject { shape, found, .. } = self.subject;
+    fn finish(&self) -> Result<Measured> {
+        let Subject { shape, found, .. } = &self.subject;
         let crashes = found.crashes.iter();
         let crashes = crashes
             .map(|(key, how)| (predict::label(key.figure, key.queue_depth), how.clone()))
             .collect();
         Ok(Measured {
-            recipe: self.recipe,
+            recipe: self.recipe.clone(),
             machine: Machine::here(),
             qemu: self.qemu.version()?,
             samples: found.samples(),
             crashes,
-            shape,
+            shape: shape.clone(),
         })
     }
 }
 
-fn save(path: &Path, results: &Results) -> Result<()> {
-    let text = serde_json::to_string(results)?;
-    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+impl Results {
+    /// Writes them all, if the user wants to keep them: the old file or the new
+    /// one is there at any time.
+    fn save(&self, args: &Validate) -> Result<()> {
+        let Some(path) = &args.results else {
+            return Ok(());
+        };
+        let text = serde_json::to_string(self)? + "\n";
+        // Where it is a symbolic link it stays one.
+        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
+        let written = uninterrupted(|| {
+            std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path))
+        });
+        written.with_context(|| format!("cannot write {}", path.display()))
+    }
 }
