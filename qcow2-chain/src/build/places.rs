@@ -75,7 +75,7 @@ impl Places {
                 let text = std::fs::read_to_string(path)
                     .with_context(|| format!("cannot read {}", path.display()))?;
                 let layers = parse_trace(&text, args.layers)
-                    .and_then(|layers| within(layers, size))
+                    .and_then(|layers| within(layers, args.layers, size))
                     .with_context(|| path.display().to_string())?;
                 Pattern::Trace(Trace {
                     layers: layers.into_iter(),
@@ -278,8 +278,15 @@ fn parse_trace(text: &str, layers: usize) -> Result<Vec<Vec<Event>>> {
     Ok(parts)
 }
 
-/// Refuses what is beyond the end of a layer's disk.
-fn within(layers: Vec<Vec<Event>>, size: &dyn Fn(usize) -> u64) -> Result<Vec<Vec<Event>>> {
+/// Refuses what is beyond the end of a layer's disk, or of the chain.
+fn within(
+    layers: Vec<Vec<Event>>,
+    count: usize,
+    size: &dyn Fn(usize) -> u64,
+) -> Result<Vec<Vec<Event>>> {
+    if let Some(Event { line, .. }) = layers.iter().skip(count).flatten().next() {
+        bail!("line {line}: there are no more than {count} layers (--layers)");
+    }
     for (layer, events) in layers.iter().enumerate() {
         let disk = size(layer);
         let beyond = |event: &&Event| {
@@ -323,8 +330,11 @@ mod tests {
                 .len(),
             2
         );
-        let beyond = |trace| within(parse_trace(trace, 2).unwrap(), &|_| 4096);
+        let beyond = |trace| within(parse_trace(trace, 2).unwrap(), 2, &|_| 4096);
         assert!(beyond("write 0 4096").is_ok());
+        assert!(beyond("snapshot\nwrite 0 1\nsnapshot").is_ok());
+        let error = beyond("snapshot\nsnapshot\nwrite 0 1").err().unwrap();
+        assert!(error.to_string().starts_with("line 3:"), "{error}");
         for trace in [
             "write 0 1\ntrim 4096 1",
             "write 0 1\nwrite 1 18446744073709551615",
