@@ -177,13 +177,17 @@ void rq_error_hint(Error **errp, const char *text, int len)
 void rq_error_prepend(Error **errp, const char *text)
 {
     ERRP_GUARD();
-    error_prepend(errp, "%s", text);
+    if (*errp) {
+        error_prepend(errp, "%s", text);
+    }
 }
 
 void rq_error_append_hint(Error **errp, const char *text)
 {
     ERRP_GUARD();
-    error_append_hint(errp, "%s\n", text);
+    if (*errp) {
+        error_append_hint(errp, "%s\n", text);
+    }
 }
 
 void rq_error_report(const char *text, int len)

@@ -86,6 +86,13 @@ pub(super) unsafe extern "C" fn get_specific_info(
             } else {
                 Ok(Vec::new())
             };
+            let bitmaps = match bitmaps {
+                Ok(bitmaps) => bitmaps,
+                Err(error) => {
+                    error::set(errp, &error, "Could not read the bitmap directory");
+                    return ptr::null_mut();
+                }
+            };
             let encryption = match image.host().cipher() {
                 Some(cipher) => {
                     let info = encryption_info(cipher.info(errp));
@@ -96,20 +103,12 @@ pub(super) unsafe extern "C" fn get_specific_info(
                 }
                 None => ptr::null_mut(),
             };
-            match bitmaps {
-                Ok(bitmaps) => {
-                    let info = specific_info(&image.info(), &bitmaps, kind(name));
-                    (*(*info).u.qcow2.data).encrypt = encryption;
-                    if (*info).type_ == sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2 {
-                        (*(*info).u.rqcow2.data).chain = chain_info(bs, image);
-                    }
-                    info
-                }
-                Err(error) => {
-                    error::set(errp, &error, "Could not read the bitmap directory");
-                    ptr::null_mut()
-                }
+            let info = specific_info(&image.info(), &bitmaps, kind(name));
+            (*(*info).u.qcow2.data).encrypt = encryption;
+            if (*info).type_ == sys::IMAGE_INFO_SPECIFIC_KIND_RQCOW2 {
+                (*(*info).u.rqcow2.data).chain = chain_info(bs, image);
             }
+            info
         }
     })
 }
