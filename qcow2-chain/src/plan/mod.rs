@@ -77,14 +77,6 @@ struct Merge {
 
 /// Carries the command out; the result is the exit code.
 pub fn run(args: &Plan) -> Result<u8> {
-    ensure!(
-        args.depth.is_some()
-            || args.keep_last.is_some()
-            || args.max_bytes.is_some()
-            || args.latency.is_some()
-            || args.memory.is_some(),
-        "what for? give --depth, --keep-last, --max-bytes, --latency or --memory"
-    );
     let goals = Goals::new(args)?;
     let chain = Chain::open(&args.image, &args.common.policy()?)?;
     ensure!(
@@ -139,7 +131,7 @@ pub fn run(args: &Plan) -> Result<u8> {
     }
     match args.common.output {
         Output::Json => text::print_json(&report)?,
-        Output::Table => print(&report)?,
+        Output::Table => text::unless_closed(print(&report))?,
     }
     Ok(if report.goal_reached { 0 } else { UNREACHED })
 }
