@@ -12,6 +12,7 @@
 
 mod aligned;
 mod child;
+mod cleaner;
 mod coroutine;
 mod crypto;
 mod driver;

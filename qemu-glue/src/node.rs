@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use rust_qcow2::image::{Image, OpenFlags};
 use rust_qcow2::{Error, Result};
 
+use crate::cleaner::Cleaner;
 use crate::driver;
 use crate::error::{code, report_text};
 use crate::host::Qemu;
@@ -37,15 +38,8 @@ pub(crate) struct Node {
     left_bitmaps: AtomicBool,
     /// The user was told once why a request failed.
     told: AtomicBool,
-    timer: Mutex<Timer>,
+    cleaner: Cleaner,
 }
-
-/// The timer of `cache-clean-interval`; null while it is off.
-struct Timer(*mut sys::QEMUTimer);
-
-// SAFETY: the timer is only touched under the lock around it, by functions
-// that may be called from any thread.
-unsafe impl Send for Timer {}
 
 /// What a request does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -70,7 +64,7 @@ impl Node {
             gone: AtomicBool::new(false),
             left_bitmaps: AtomicBool::new(false),
             told: AtomicBool::new(false),
-            timer: Mutex::new(Timer(ptr::null_mut())),
+            cleaner: Cleaner::default(),
         });
         // SAFETY: QEMU allocated `instance_size` bytes, and no request comes
         // before open has returned.
@@ -283,26 +277,13 @@ impl Node {
     /// Called in a callback of the driver, with the `AioContext` of the node.
     pub(crate) unsafe fn start_timer(&self, context: *mut sys::AioContext) {
         let seconds = self.image().options().clean_interval;
-        let mut timer = self.timer.lock();
-        if seconds == 0 || !timer.0.is_null() {
-            return;
-        }
-        // SAFETY: the node lives until `stop_timer` was called, in close.
-        unsafe {
-            let opaque = ptr::from_ref(self).cast_mut().cast();
-            timer.0 = sys::rq_timer_new(context, Some(clean), opaque);
-            sys::rq_timer_arm(timer.0, interval(seconds));
-        }
+        // SAFETY: promised by the caller; `drop` stops it at the latest.
+        unsafe { self.cleaner.start(self, context, seconds) };
     }
 
     /// Stops that timer.
     pub(crate) fn stop_timer(&self) {
-        let timer = std::mem::replace(&mut self.timer.lock().0, ptr::null_mut());
-        if !timer.is_null() {
-            // SAFETY: it was made by `start_timer`. The node is drained, so
-            // that the callback does not run in another thread.
-            unsafe { sys::rq_timer_free(timer) };
-        }
+        self.cleaner.stop();
     }
 }
 
@@ -315,27 +296,6 @@ impl Drop for Node {
         let image = unsafe { Arc::from_raw(*self.image.get_mut()) };
         image.leave_chain();
         image.drop_caches();
-    }
-}
-
-/// A number of seconds that QEMU's timers can count.
-fn interval(seconds: u64) -> i64 {
-    i64::try_from(seconds).unwrap_or(i64::MAX / 1000)
-}
-
-unsafe extern "C" fn clean(opaque: *mut c_void) {
-    // SAFETY: the timer is stopped before the node goes.
-    let node = unsafe { &*opaque.cast_const().cast::<Node>() };
-    let done = node.serve(Access::Read, |image| {
-        image.clean_caches();
-        Ok(image.options().clean_interval)
-    });
-    if let Ok(seconds) = done {
-        let timer = node.timer.lock();
-        if seconds > 0 && !timer.0.is_null() {
-            // SAFETY: it is the timer that has just fired.
-            unsafe { sys::rq_timer_arm(timer.0, interval(seconds)) };
-        }
     }
 }
 

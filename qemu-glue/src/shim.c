@@ -262,6 +262,15 @@ void rq_timer_free(QEMUTimer *timer)
     timer_free(timer);
 }
 
+void rq_run_after(AioContext *ctx, QEMUBHFunc *func, void *opaque)
+{
+    if (ctx == qemu_get_current_aio_context()) {
+        func(opaque);
+    } else {
+        aio_bh_schedule_oneshot(ctx, func, opaque);
+    }
+}
+
 int coroutine_fn rq_co_pread(BdrvChild *child, int64_t offset, int64_t bytes,
                              void *buf)
 {

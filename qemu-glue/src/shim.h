@@ -73,6 +73,12 @@ QEMUTimer *rq_timer_new(AioContext *ctx, QEMUTimerCB *cb, void *opaque);
 void rq_timer_arm(QEMUTimer *timer, int64_t seconds);
 void rq_timer_free(QEMUTimer *timer);
 
+/*
+ * Calls func when whatever ctx is doing now is done: at once if it is the event
+ * loop of this thread.
+ */
+void rq_run_after(AioContext *ctx, QEMUBHFunc *func, void *opaque);
+
 /* Driver memory from and to a child. */
 int coroutine_fn rq_co_pread(BdrvChild *child, int64_t offset, int64_t bytes,
                              void *buf);
