@@ -248,3 +248,18 @@ fn zeroes_do_not_go_over_data() {
         usize::MAX,
     );
 }
+
+/// A name that the header has no room for is not kept.
+#[test]
+fn a_backing_file_whose_name_does_not_fit() {
+    let file = common::create(common::PLAIN, 1 << 20);
+    let image = common::open(&file, None, &OptionRequest::default());
+    image.change_backing(Some("short"), Some("raw")).unwrap();
+    let long = "x".repeat(600);
+    let error = image.change_backing(Some(&long), Some("raw")).unwrap_err();
+    assert_eq!(error.code(), libc::ENOSPC);
+    assert_eq!(image.info().backing_file.as_deref(), Some("short"));
+    image.inactivate().unwrap();
+    let image = common::open(&file, None, &OptionRequest::default());
+    assert_eq!(image.info().backing_file.as_deref(), Some("short"));
+}

@@ -20,6 +20,13 @@
 //! fence); and a reader that saw the even count of a change sees both its words
 //! (release store, acquire load).
 //!
+//! # Readers of the data
+//!
+//! A reader counts itself in (`image/inflight.rs`) and then looks at the entry;
+//! who changes the entry looks afterwards whether anybody is counted in, before
+//! the cluster is given away. One of the two has to see the other, so all four
+//! are sequentially consistent.
+//!
 //! In a file the 16 bytes lie in one sector, as tables and slices are aligned.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -100,7 +107,7 @@ impl L2Slice {
     #[must_use]
     pub fn get_standard(&self, index: usize) -> L2Entry {
         debug_assert!(!self.extended);
-        L2Entry(self.words[index].load(Ordering::Acquire))
+        L2Entry(self.words[index].load(Ordering::SeqCst))
     }
 
     /// Entry number `index` of the slice for the holder of the metadata lock.
@@ -122,7 +129,7 @@ impl L2Slice {
             return Some(ClusterEntry::standard(self.get_standard(index)));
         }
         for _ in 0..TRIES {
-            let before = self.changes.load(Ordering::Acquire);
+            let before = self.changes.load(Ordering::SeqCst);
             let entry = self.pair(index);
             fence(Ordering::Acquire);
             if before & 1 == 0 && self.changes.load(Ordering::Relaxed) == before {
@@ -146,7 +153,7 @@ impl L2Slice {
     /// Changes an entry; the caller is the only one who does.
     pub(super) fn set(&self, index: usize, new: ClusterEntry) {
         if !self.extended {
-            self.words[index].store(new.entry.0, Ordering::Release);
+            self.words[index].store(new.entry.0, Ordering::SeqCst);
             return;
         }
         let changes = self.changes.load(Ordering::Relaxed);
@@ -155,7 +162,7 @@ impl L2Slice {
         let pair = &self.words[2 * index..2 * index + 2];
         pair[0].store(new.entry.0, Ordering::Relaxed);
         pair[1].store(new.subclusters.0, Ordering::Relaxed);
-        self.changes.store((changes | 1) + 1, Ordering::Release);
+        self.changes.store((changes | 1) + 1, Ordering::SeqCst);
     }
 
     /// Whether the file does not have the slice as it is here.

@@ -123,8 +123,8 @@ impl<H: Host> Image<H> {
     ///
     /// # Errors
     /// `EINVAL` for a name of more than 1023 bytes or any name with a raw data
-    /// file, `ENOSPC` where the header
-    /// has no room, and those of the file.
+    /// file, `ENOSPC` where the header has no room, and those of the file; the old
+    /// name is kept then.
     pub fn change_backing(&self, file: Option<&str>, format: Option<&str>) -> Result<()> {
         if file.is_some_and(|name| name.len() > MAX_BACKING_NAME as usize) {
             return Err(Error::errno(libc::EINVAL));
@@ -135,12 +135,20 @@ impl<H: Host> Image<H> {
         }
         let mut st = self.lock();
         self.ensure_usable()?;
-        {
+        let exchange = |file, format| {
             let mut shared = self.shared.write();
-            shared.backing_file = file.map(ToOwned::to_owned);
-            shared.extensions.backing_format = format.map(ToOwned::to_owned);
+            (
+                std::mem::replace(&mut shared.backing_file, file),
+                std::mem::replace(&mut shared.extensions.backing_format, format),
+            )
+        };
+        let old = exchange(file.map(ToOwned::to_owned), format.map(ToOwned::to_owned));
+        let result = self.update_header(&mut st);
+        if result.is_err() {
+            // Else no other change of the header would fit in.
+            exchange(old.0, old.1);
         }
-        self.update_header(&mut st)
+        result
     }
 
     /// Whether a fatal corruption or a failure in the driver has ended the use
