@@ -132,7 +132,7 @@ mod tests {
                 .collect()
         };
         let some: Vec<_> = flags(&[0, 3, 4, 17, 18, 59]);
-        assert_eq!(segments(&some).data_clusters(8), 32);
+        assert_eq!(segments(&some).data_clusters(8), 24);
         assert_eq!(segments(&some).data_clusters(1), 6);
         assert_eq!(segments(&some).up_to(18).data_clusters(1), 4);
         assert_eq!(segments(&some).up_to(0), Segments::default());
