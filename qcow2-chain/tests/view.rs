@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Command;
 
 use common::{Random, expect, json, name, qemu, run, same_shape};
 use serde_json::Value;
@@ -191,4 +192,41 @@ fn pictures() {
         assert!(page.contains("<svg") && page.contains("</svg>"));
         assert!(!page.contains("<img") && !page.contains('\x1b'), "{page}");
     }
+}
+
+/// A loop device, where this user may have one.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &str) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["-f", "--show", "-r", file])
+            .output()
+            .ok()?;
+        let device = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && std::fs::File::open(&device).is_ok()).then_some(Self(device))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn an_image_on_a_block_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = name(&dir.path().join("c"));
+    let built = json(0, &["build", "--layers", "1", "--disk", "16M", &chain]);
+    let top = built["top"].as_str().unwrap();
+    let Some(device) = Loop::new(top) else {
+        eprintln!("skipped: no loop device");
+        return;
+    };
+    let (file, there) = (json(0, &["view", top]), json(0, &["view", &device.0]));
+    assert_eq!(file["hole_bytes"], there["hole_bytes"]);
+    assert_eq!(file["totals"]["data_bytes"], there["totals"]["data_bytes"]);
+    assert!(there["totals"]["allocated_bytes"].as_u64() > Some(0));
+    assert_eq!(json(0, &["check", &device.0])["layers_verified"], 1);
 }

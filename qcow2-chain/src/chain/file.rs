@@ -43,17 +43,18 @@ pub fn open_read_only(path: &Path) -> io::Result<(File, FileFacts)> {
     if !plain(&data) {
         return Err(strange());
     }
-    let length = if data.is_file() {
-        data.len()
+    let (length, allocated) = if data.is_file() {
+        (data.len(), data.blocks() * 512)
     } else {
-        file.seek(SeekFrom::End(0))?
+        let length = file.seek(SeekFrom::End(0))?;
+        (length, length)
     };
     let mut start = [0; V2_LENGTH];
     let looks_like_qcow2 = file.read_exact_at(&mut start, 0).is_ok() && Header::probe(&start);
     let facts = FileFacts {
         id: (data.dev(), data.ino()),
         length,
-        allocated: data.blocks() * 512,
+        allocated,
         modified: data.modified().ok(),
         created: data.created().ok(),
         looks_like_qcow2,

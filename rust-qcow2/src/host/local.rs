@@ -1,6 +1,6 @@
 //! Files of the operating system: for tools and tests without QEMU.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
 
 use super::{Buf, Content, Corruption, Host, Part, Preallocation, Task, WaitQueue, ZeroFlags};
@@ -136,12 +136,22 @@ impl super::File for LocalFile {
     }
 
     fn length(&self) -> Result<u64> {
-        Ok(self.0.metadata()?.len())
+        use std::io::{Seek, SeekFrom};
+        let data = self.0.metadata()?;
+        if data.file_type().is_block_device() {
+            // Of these it says 0. All access is by offset: the position is free.
+            return Ok((&*self.0).seek(SeekFrom::End(0))?);
+        }
+        Ok(data.len())
     }
 
     fn allocated(&self) -> Option<u64> {
         use std::os::unix::fs::MetadataExt;
-        self.0.metadata().ok().map(|data| data.blocks() * 512)
+        let data = self.0.metadata().ok()?;
+        if data.file_type().is_block_device() {
+            return self.length().ok();
+        }
+        Some(data.blocks() * 512)
     }
 
     fn truncate(&self, len: u64, _exact: bool, how: Preallocation, _zero: bool) -> Result<()> {
