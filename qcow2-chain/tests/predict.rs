@@ -271,3 +271,27 @@ fn a_crash_is_a_result() {
         "{report}"
     );
 }
+
+#[test]
+fn what_qemu_does_not_open_is_not_measured() {
+    let Some(io) = qemu("qemu-io") else { return };
+    let programs = name(io.parent().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let top = common::empty_chain(dir.path(), 2);
+    let args = ["measure", "--qemu", &programs, "--rounds", "1", &top];
+    for (options, why) in [
+        // Unpatched QEMU does not know it.
+        (&["--aio", "threads", "--driver", "rqcow2"][..], "rqcow2"),
+        // Not with the page cache.
+        (&["--aio", "native"], "cache.direct"),
+    ] {
+        for what in ["open", "memory", "read", "merge"] {
+            if what == "merge" && why == "cache.direct" {
+                continue;
+            }
+            let error = expect(1, &[&args[..], options, &["--what", what]].concat());
+            assert!(error.contains(why) && error.contains(&top), "{error}");
+            assert!(!error.contains("no file open"), "{error}");
+        }
+    }
+}

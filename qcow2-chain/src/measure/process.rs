@@ -1,19 +1,23 @@
 //! QEMU's programs as child processes that cannot outlive us, hang us, or
 //! flood us.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 /// Bytes of an answer at most.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// A program ended where it should not have: by a signal, or with an error.
+/// Bytes that are kept of what a program complains of, the last ones.
+const MAX_COMPLAINT: usize = 4096;
+
+/// A program was ended by a signal.
 #[derive(Debug)]
 pub struct Crash(pub String);
 
@@ -28,6 +32,8 @@ impl std::error::Error for Crash {}
 /// A program, and what is said to it and by it.
 pub struct Program {
     child: Child,
+    errors: ChildStderr,
+    complaint: Vec<u8>,
     name: String,
     patience: Duration,
 }
@@ -35,15 +41,20 @@ pub struct Program {
 impl Program {
     /// Starts a program.
     pub fn start(path: &Path, args: &[String], patience: Duration) -> Result<Self> {
-        let child = Command::new(path)
+        let mut child = Command::new(path)
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("cannot start {}", path.display()))?;
+        let errors = child.stderr.take().context("no error output")?;
+        let flags = fcntl_getfl(&errors)?;
+        fcntl_setfl(&errors, flags | OFlags::NONBLOCK)?;
         Ok(Self {
             child,
+            errors,
+            complaint: Vec::new(),
             name: path
                 .file_name()
                 .unwrap_or_default()
@@ -65,32 +76,13 @@ impl Program {
     pub fn hear(&mut self, end: &[u8]) -> Result<String> {
         let deadline = Instant::now() + self.patience;
         let mut answer = Vec::new();
-        let mut piece = [0; 65536];
+        let mut output = self.child.stdout.take().context("no output")?;
         while !answer.ends_with(end) {
-            let output = self.child.stdout.as_mut().context("no output")?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: i64::from(left.subsec_nanos()),
-            };
-            let mut fds = [PollFd::new(&*output, PollFlags::IN)];
-            match poll(&mut fds, Some(&left)) {
-                Ok(0) => bail!(
-                    "{}: no answer in {} s",
-                    self.name,
-                    self.patience.as_secs_f64()
-                ),
-                Ok(_) => {}
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
+            if !self.listen(&mut output, &mut answer, deadline)? {
+                return Err(self.ended());
             }
-            let got = output.read(&mut piece)?;
-            if got == 0 {
-                return Err(self.ended().into());
-            }
-            answer.extend_from_slice(&piece[..got]);
-            ensure!(answer.len() <= MAX_ANSWER, "{}: too much output", self.name);
         }
+        self.child.stdout = Some(output);
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
@@ -100,12 +92,28 @@ impl Program {
         let deadline = Instant::now() + self.patience;
         let mut answer = Vec::new();
         let mut output = self.child.stdout.take().context("no output")?;
-        // It may close its output and stay, so that this is looked at as well.
+        while self.listen(&mut output, &mut answer, deadline)? {}
+        let status = self.child.wait()?;
+        if !status.success() {
+            return Err(self.ended());
+        }
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    }
+
+    /// Waits for a piece of output, and keeps errors from filling their pipe
+    /// meanwhile, which would stop the program; `false` at the end.
+    fn listen(
+        &mut self,
+        output: &mut ChildStdout,
+        answer: &mut Vec<u8>,
+        deadline: Instant,
+    ) -> Result<bool> {
+        let mut errors_open = true;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(
                 !left.is_zero(),
-                "{}: not done in {} s",
+                "{}: no answer in {} s",
                 self.name,
                 self.patience.as_secs_f64()
             );
@@ -113,36 +121,72 @@ impl Program {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
             };
-            let mut fds = [PollFd::new(&output, PollFlags::IN)];
-            if !matches!(poll(&mut fds, Some(&left)), Ok(1..)) {
-                continue;
+            let mut fds = [
+                PollFd::new(&*output, PollFlags::IN),
+                PollFd::new(&self.errors, PollFlags::IN),
+            ];
+            let watched = if errors_open { 2 } else { 1 };
+            match poll(&mut fds[..watched], Some(&left)) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
             }
-            let mut piece = [0; 65536];
-            let got = output.read(&mut piece)?;
-            if got == 0 {
-                break;
+            let [said, complained] = fds.map(|fd| !fd.revents().is_empty());
+            if complained {
+                errors_open = self.complaints();
             }
-            answer.extend_from_slice(&piece[..got]);
-            ensure!(answer.len() <= MAX_ANSWER, "{}: too much output", self.name);
+            if said {
+                let mut piece = [0; 65536];
+                let got = output.read(&mut piece)?;
+                answer.extend_from_slice(&piece[..got]);
+                ensure!(answer.len() <= MAX_ANSWER, "{}: too much output", self.name);
+                return Ok(got > 0);
+            }
         }
-        let status = self.child.wait()?;
-        if !status.success() {
-            return Err(self.ended().into());
-        }
-        Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
-    /// How it ended.
-    fn ended(&mut self) -> Crash {
+    /// Takes what is there of the errors; `false` when no more can come.
+    fn complaints(&mut self) -> bool {
+        let mut piece = [0; MAX_COMPLAINT];
+        loop {
+            match self.errors.read(&mut piece) {
+                Ok(0) => return false,
+                Ok(got) => self.complaint.extend_from_slice(&piece[..got]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == ErrorKind::WouldBlock,
+            }
+            let more = self.complaint.len().saturating_sub(MAX_COMPLAINT);
+            self.complaint.drain(..more);
+        }
+    }
+
+    /// What it has complained of since the last time, as one line.
+    pub fn complaint(&mut self) -> String {
+        self.complaints();
+        let text = String::from_utf8_lossy(&self.complaint).into_owned();
+        self.complaint.clear();
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        lines.collect::<Vec<_>>().join("; ")
+    }
+
+    /// How it ended: a crash, or an error of which it says what it is.
+    fn ended(&mut self) -> anyhow::Error {
         let status = self.child.wait();
         let how = match status.as_ref().map(|s| (s.signal(), s.code())) {
             Ok((Some(11), _)) => "SIGSEGV".into(),
             Ok((Some(6), _)) => "SIGABRT".into(),
             Ok((Some(signal), _)) => format!("signal {signal}"),
-            Ok((_, Some(code))) => format!("exit status {code}"),
+            Ok((_, Some(code))) => {
+                let complaint = self.complaint();
+                return if complaint.is_empty() {
+                    anyhow!("{}: exit status {code}", self.name)
+                } else {
+                    anyhow!("{complaint} (exit status {code})")
+                };
+            }
             _ => "unknown end".into(),
         };
-        Crash(format!("{}: {how}", self.name))
+        Crash(format!("{}: {how}", self.name)).into()
     }
 
     /// Bytes of memory that it has resident.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -134,8 +134,21 @@ impl Qemu {
         program.say(&command)?;
         let answer = program.hear(PROMPT)?;
         let opened = begin.elapsed().as_secs_f64();
-        let complaint = answer.trim_end_matches("qemu-io> ").trim();
-        ensure!(complaint.is_empty(), "{complaint}");
+        let said = without_prompt(&answer);
+        ensure!(said.is_empty(), "{said}");
+        let complaint = program.complaint();
+        // Without an image, too, it asks for the next command.
+        program.say("length\n")?;
+        let length = program.hear(PROMPT)?;
+        let length = without_prompt(&length);
+        if !length.starts_with(|c: char| c.is_ascii_digit()) {
+            let why = if complaint.is_empty() {
+                length
+            } else {
+                &complaint
+            };
+            bail!("{why}");
+        }
         Ok(Session { program, opened })
     }
 
@@ -176,6 +189,11 @@ impl Qemu {
 }
 
 const PROMPT: &[u8] = b"qemu-io> ";
+
+/// What was said before the program asked for the next command.
+fn without_prompt(answer: &str) -> &str {
+    answer.trim_end_matches("qemu-io> ").trim()
+}
 
 /// `qemu-io` with an image open.
 pub struct Session {

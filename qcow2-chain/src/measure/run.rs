@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rust_qcow2::format::header::CompressionType;
 use rust_qcow2::format::refcount::RefcountOrder;
 use serde_json::json;
@@ -102,6 +102,11 @@ impl Runs {
 impl Task<'_> {
     /// Measures everything that is wanted once.
     pub fn round(&self, found: &mut Found) -> Result<()> {
+        self.all(found)
+            .with_context(|| format!("cannot measure {}", self.top.display()))
+    }
+
+    fn all(&self, found: &mut Found) -> Result<()> {
         const SESSION: [Figure; 5] = [
             Figure::Open,
             Figure::MemoryOpen,
