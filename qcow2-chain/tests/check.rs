@@ -263,6 +263,39 @@ fn a_table_of_tables_without_end() {
 }
 
 #[test]
+fn encrypted_images_need_no_key() {
+    let Some(img) = qemu("qemu-img") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = name(&dir.path().join("luks"));
+    let secret = "secret,id=s,data=x";
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let create = ["create", "-q", "-f", "qcow2", "--object", secret];
+    run(&img, &[&create[..], &["-o", options, &path, "4M"]].concat());
+    assert_eq!(only(0, &path), [""; 0]);
+    // A cluster that is counted and not used.
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let length = file.metadata().unwrap().len().next_multiple_of(0x10000);
+    file.set_len(length + 0x10000).unwrap();
+    let mut table = [0; 8];
+    file.read_exact_at(&mut table, 0x10000).unwrap();
+    let block = u64::from_be_bytes(table);
+    file.write_all_at(&[0, 1], block + length / 0x10000 * 2)
+        .unwrap();
+    assert_eq!(only(3, &path), ["layer-leaks"]);
+    let opened = format!("driver=qcow2,encrypt.key-secret=s,file.filename={path}");
+    let theirs = std::process::Command::new(&img)
+        .args(["check", "--object", secret, "--image-opts", &opened])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&theirs.stdout);
+    assert!(said.contains("\n1 leaked clusters"), "{said}");
+}
+
+#[test]
 fn very_long_chains() {
     let dir = tempfile::tempdir().unwrap();
     let image = empty_chain(dir.path(), 10_500);

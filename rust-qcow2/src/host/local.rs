@@ -3,8 +3,11 @@
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
 
-use super::{Buf, Content, Corruption, Host, Part, Preallocation, Task, WaitQueue, ZeroFlags};
+use super::{
+    Buf, Content, Corruption, CryptoHeader, Host, Part, Preallocation, Task, WaitQueue, ZeroFlags,
+};
 use crate::error::{Error, Result};
+use crate::format::header::Encryption;
 use crate::image::Image;
 use lock_api::MutexGuard;
 use parking_lot::{Condvar, Mutex, RawMutex};
@@ -205,6 +208,18 @@ impl Host for LocalHost {
 
     fn file(&self) -> LocalFile {
         self.file.clone()
+    }
+
+    /// There are no keys here; what is not read needs none.
+    fn open_encryption(
+        &self,
+        encrypted: Option<(Encryption, Option<CryptoHeader>)>,
+        no_io: bool,
+    ) -> Result<()> {
+        if encrypted.is_some() && !no_io {
+            return Err(Error::unsupported("there is no encryption here"));
+        }
+        Ok(())
     }
 
     fn backing(&self) -> Option<LocalFile> {
