@@ -132,7 +132,10 @@ impl LayerWalk<'_> {
             Kind::Qcow2(_) => self.qcow2(layer),
             Kind::Raw => self.raw(layer),
             Kind::Other(name) => {
-                anyhow::bail!("layers of the format {name} are not looked into")
+                anyhow::bail!(
+                    "{}: images of the format {name} are not looked into",
+                    layer.real.display()
+                )
             }
         }
     }

@@ -257,9 +257,48 @@ fn a_table_of_tables_without_end() {
         .collect();
     file.write_all_at(&table, 3 << 21).unwrap();
     file.set_len(12 << 40).unwrap();
-    only(0, &name(&path));
+    assert_eq!(only(0, &name(&path)), ["not-verified"]);
     json(0, &["view", &name(&path)]);
     assert!(begin.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
+fn other_files_do_not_pass() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("top");
+    let short = [0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 3, 0, 0];
+    let mut vdi = vec![0; 512];
+    vdi[0x40..0x44].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
+    for (content, why) in [
+        (&b""[..], "not a qcow2 image: it is empty"),
+        (&short, "qcow2 header too short"),
+        (&[7; 70_000], "not a qcow2 image\n"),
+        (&b"KDMV..."[..], "not a qcow2 image: it looks like vmdk"),
+        (&vdi, "not a qcow2 image: it looks like vdi"),
+    ] {
+        fs::write(&path, content).unwrap();
+        let error = expect(1, &["check", &name(&path)]);
+        assert!(
+            error.contains(why) && error.contains(&name(&path)),
+            "{error}"
+        );
+    }
+    // `view` does not take them for raw disks either.
+    let error = expect(1, &["view", &name(&path)]);
+    assert!(
+        error.contains("vdi") && error.contains(&name(&path)),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_layer_of_another_format() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("below"), b"KDMV").unwrap();
+    let report = json(0, &["check", &top(dir.path(), "below", Some("vmdk"))]);
+    assert_eq!(codes(&report), ["not-verified"]);
+    assert_eq!(report["findings"][0]["depth"], 1);
+    assert_eq!(report["layers_verified"], 1);
 }
 
 #[test]

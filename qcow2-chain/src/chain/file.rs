@@ -6,8 +6,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::SystemTime;
 
-use rust_qcow2::format::header::{Header, V2_LENGTH};
 use rustix::fs::OFlags;
+
+use super::format::{Looks, START};
 
 /// What the file system says of a file.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +23,8 @@ pub struct FileFacts {
     pub modified: Option<SystemTime>,
     /// When it was created, where the file system knows.
     pub created: Option<SystemTime>,
-    /// It begins as a qcow2 image does.
-    pub looks_like_qcow2: bool,
+    /// What its first bytes say.
+    pub looks: Looks,
 }
 
 /// Opens a regular file or block device for reading. Waits for nobody (a
@@ -49,15 +50,28 @@ pub fn open_read_only(path: &Path) -> io::Result<(File, FileFacts)> {
         let length = file.seek(SeekFrom::End(0))?;
         (length, length)
     };
-    let mut start = [0; V2_LENGTH];
-    let looks_like_qcow2 = file.read_exact_at(&mut start, 0).is_ok() && Header::probe(&start);
+    let mut start = [0; START];
+    // What cannot be read is told when more than the start is wanted.
+    let known = read_start(&file, &mut start).unwrap_or(0);
     let facts = FileFacts {
         id: (data.dev(), data.ino()),
         length,
         allocated,
         modified: data.modified().ok(),
         created: data.created().ok(),
-        looks_like_qcow2,
+        looks: Looks::of(&start[..known]),
     };
     Ok((file, facts))
+}
+
+/// As much of the start as there is.
+fn read_start(file: &File, start: &mut [u8]) -> io::Result<usize> {
+    let mut known = 0;
+    while known < start.len() {
+        match file.read_at(&mut start[known..], known as u64)? {
+            0 => break,
+            got => known += got,
+        }
+    }
+    Ok(known)
 }

@@ -1,6 +1,7 @@
 //! A chain of files: found from its top, link by link, without trusting any.
 
 mod file;
+mod format;
 mod names;
 
 use std::collections::HashMap;
@@ -13,6 +14,7 @@ use rust_qcow2::host::local::LocalFile;
 use rust_qcow2::inspect::Inspection;
 
 pub use file::{FileFacts, open_read_only};
+pub use format::Looks;
 use names::Refusal;
 pub use names::{Name, Policy};
 
@@ -226,8 +228,12 @@ fn load(
         Some("qcow2") => qcow2(file)?,
         Some("raw") => Kind::Raw,
         Some(other) => Kind::Other(other.to_owned()),
-        None if facts.looks_like_qcow2 => qcow2(file)?,
-        None => Kind::Raw,
+        None => match facts.looks {
+            Looks::Qcow2 => qcow2(file)?,
+            Looks::CutQcow2 => return Err(Unusable("qcow2 header too short".into())),
+            Looks::Other(name) => Kind::Other(name.to_owned()),
+            Looks::Unknown => Kind::Raw,
+        },
     };
     Ok(Layer {
         name,

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Finding;
-use crate::chain::{Chain, End, Layer, Name};
+use crate::chain::{Chain, End, Layer, Looks, Name};
 use crate::text::{bytes, quoted};
 
 /// The longest name of a backing file that the format allows, in bytes.
@@ -120,7 +120,7 @@ fn link(depth: usize, overlay: &Layer, below: &Layer, findings: &mut Vec<Finding
                 .command(relink(overlay, name, below.format())),
             );
         }
-        Some("raw") if below.file.looks_like_qcow2 => {
+        Some("raw") if below.file.looks == Looks::Qcow2 => {
             findings.push(
                 Finding::warning(
                     "format-wrong",

@@ -6,10 +6,10 @@ mod links;
 
 use std::io::{self, Write};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::Serialize;
 
-use crate::chain::{Chain, End, Layer};
+use crate::chain::{Chain, End, Kind, Layer};
 use crate::cli::{Check, Output};
 use crate::text::{self, Progress, printable};
 
@@ -113,6 +113,7 @@ struct Report {
 /// Carries the command out; the result is the exit code.
 pub fn run(args: &Check) -> Result<u8> {
     let chain = Chain::open(&args.image, &args.common.policy()?)?;
+    require_qcow2(&chain.layers[0])?;
     let mut findings = Vec::new();
     links::check(&chain, &mut findings);
     let mut layers_verified = 0;
@@ -145,6 +146,18 @@ pub fn run(args: &Check) -> Result<u8> {
         (0, _) => WARNINGS,
         _ => ERRORS,
     })
+}
+
+/// There is nothing to check in another file, which must not pass for a sound
+/// image.
+fn require_qcow2(top: &Layer) -> Result<()> {
+    let why = match &top.kind {
+        Kind::Qcow2(_) => return Ok(()),
+        Kind::Other(name) => format!(": it looks like {name}"),
+        Kind::Raw if top.file.length == 0 => ": it is empty".to_owned(),
+        Kind::Raw => String::new(),
+    };
+    bail!("{}: not a qcow2 image{why}", top.path.display())
 }
 
 fn print(report: &Report) -> Result<()> {
