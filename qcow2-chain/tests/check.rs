@@ -335,6 +335,54 @@ fn encrypted_images_need_no_key() {
 }
 
 #[test]
+fn an_image_in_use() {
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    let dir = tempfile::tempdir().unwrap();
+    let image = empty_chain(dir.path(), 2);
+    let file = fs::File::open(&image).unwrap();
+    let writer = fs::File::options().write(true).open(&image).unwrap();
+    writer.set_len(0x50000).unwrap();
+    writer.write_all_at(&[0, 1], 0x20000 + 8).unwrap();
+    assert_eq!(only(3, &image), ["layer-leaks"]);
+    // Of all bytes, the one that QEMU locks among them.
+    fcntl_lock(&file, FlockOperation::LockShared).unwrap();
+    let report = json(0, &["check", &image]);
+    assert_eq!(codes(&report), ["in-use"]);
+    assert_eq!(report["findings"][0]["depth"], 0);
+    assert_eq!(report["layers_verified"], 2);
+    // With lazy refcounts nothing in the file can be relied on.
+    writer.write_all_at(&[1], 79).unwrap();
+    assert_eq!(only(0, &image), ["in-use", "not-verified"]);
+    fcntl_lock(&file, FlockOperation::Unlock).unwrap();
+    assert_eq!(only(3, &image), ["layer-leaks", "not-closed"]);
+}
+
+#[test]
+fn in_use_by_qemu() {
+    use std::io::{Read, Write};
+    let Some(io) = qemu("qemu-io") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let image = empty_chain(dir.path(), 2);
+    let mut child = std::process::Command::new(io)
+        .args(["-f", "qcow2", &image])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its prompt comes when the image is open.
+    let mut input = child.stdin.take().unwrap();
+    let mut piece = [0; 64];
+    let said = child.stdout.as_mut().unwrap().read(&mut piece).unwrap();
+    assert!(said > 0);
+    let found = only(0, &image);
+    input.write_all(b"quit\n").unwrap();
+    drop(input);
+    child.wait().unwrap();
+    assert_eq!(found, ["in-use"]);
+    assert_eq!(only(0, &image), [""; 0]);
+}
+
+#[test]
 fn very_long_chains() {
     let dir = tempfile::tempdir().unwrap();
     let image = empty_chain(dir.path(), 10_500);

@@ -6,9 +6,15 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::SystemTime;
 
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use rustix::fs::OFlags;
 
 use super::format::{Looks, START};
+
+/// The byte that whoever may write to an image locks in its file: QEMU has one
+/// for each permission, from 100 on, and BLK_PERM_WRITE is the second.
+const WRITE_LOCK: libc::off_t = 101;
 
 /// What the file system says of a file.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +31,8 @@ pub struct FileFacts {
     pub created: Option<SystemTime>,
     /// What its first bytes say.
     pub looks: Looks,
+    /// Another program has it open for writing, as QEMU does.
+    pub in_use: bool,
 }
 
 /// Opens a regular file or block device for reading. Waits for nobody (a
@@ -60,6 +68,7 @@ pub fn open_read_only(path: &Path) -> io::Result<(File, FileFacts)> {
         modified: data.modified().ok(),
         created: data.created().ok(),
         looks: Looks::of(&start[..known]),
+        in_use: is_in_use(&file),
     };
     Ok((file, facts))
 }
@@ -74,4 +83,20 @@ fn read_start(file: &File, start: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(known)
+}
+
+/// Whether somebody holds QEMU's lock of those who write. The question takes
+/// no lock, so that nobody is disturbed by it.
+fn is_in_use(file: &File) -> bool {
+    // Locks in use are shared ones, in the way of an exclusive one only.
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: WRITE_LOCK,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // File systems without locks have nobody to ask.
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok()
+        && lock.l_type != libc::F_UNLCK as libc::c_short
 }

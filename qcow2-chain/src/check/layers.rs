@@ -57,13 +57,15 @@ pub fn check(depth: usize, layer: &Layer, findings: &mut Vec<Finding>) -> bool {
             .advice("after a copy of the file was made: clusters of such tables are lost"),
         );
     }
-    if too_much(layer, image, walked) {
-        let why =
-            "its L2 tables are in places without data, or misplaced: refcounts were not compared";
-        findings.push(Finding::note("not-verified", why).at(depth, layer));
-        return false;
-    }
-    verify(depth, layer, findings)
+    let why = if too_much(layer, image, walked) {
+        "its L2 tables are in places without data, or misplaced: refcounts were not compared"
+    } else if layer.file.in_use && image.incompatible.contains(Incompatible::DIRTY) {
+        "who has it open writes refcounts when it closes: they were not compared"
+    } else {
+        return verify(depth, layer, findings);
+    };
+    findings.push(Finding::note("not-verified", why).at(depth, layer));
+    false
 }
 
 /// Whether the tables are made to keep a reader busy.
@@ -85,11 +87,20 @@ fn header(depth: usize, layer: &Layer, image: &Qcow2, findings: &mut Vec<Finding
                 .command(repair(layer, "all")),
         );
     }
-    if image.incompatible.contains(Incompatible::DIRTY) {
+    if layer.file.in_use {
+        findings.push(
+            Finding::note(
+                "in-use",
+                "a program has it open for writing: its refcounts are checked as they are in the \
+                 file and may be behind",
+            )
+            .at(depth, layer),
+        );
+    } else if image.incompatible.contains(Incompatible::DIRTY) {
         findings.push(
             Finding::warning(
                 "not-closed",
-                "it is in use, or was not closed: its refcounts may be too low",
+                "it was not closed, or is in use: its refcounts may be too low",
             )
             .at(depth, layer)
             .command(repair(layer, "all"))
@@ -165,9 +176,14 @@ fn damage(
             )
             .at(depth, layer)
             .command(repair(layer, "all"))
-            .advice("after a copy of the file was made"),
+            .advice(if layer.file.in_use {
+                "it is in use: check again when nobody writes to it before anything is repaired"
+            } else {
+                "after a copy of the file was made"
+            }),
         );
-    } else if report.leaks > 0 {
+    // What is in use may have clusters that its tables do not refer to as yet.
+    } else if report.leaks > 0 && !layer.file.in_use {
         findings.push(
             Finding::warning(
                 "layer-leaks",
