@@ -59,6 +59,10 @@ fn links() {
         ["link-not-followed"]
     );
     assert_eq!(link(3, "nbd://localhost", qcow2), ["link-not-followed"]);
+    for (code, backing) in [(3, "nbd://localhost"), (3, "/etc/passwd"), (4, ".")] {
+        let report = json(code, &["check", &top(dir, backing, Some("raw"))]);
+        assert!(report["findings"][0]["advice"].is_string(), "{report}");
+    }
     assert_eq!(
         link(3, "/etc/passwd", Some("raw")),
         ["absolute-names", "link-not-followed"]

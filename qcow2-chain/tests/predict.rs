@@ -102,6 +102,11 @@ fn hostile_chains() {
     }
     .write(&dir.path().join("wide"));
     std::fs::write(at("cut"), &std::fs::read(at("a")).unwrap()[..80]).unwrap();
+    let error = expect(1, &["predict", "--calibration", &constants, &at("a")]);
+    assert!(
+        error.contains("/a, is the layer at depth 0: a loop") && error.contains("chain check"),
+        "{error}"
+    );
     for (file, code) in [("a", 1), ("cut", 1)] {
         let begin = Instant::now();
         expect(code, &["predict", "--calibration", &constants, &at(file)]);

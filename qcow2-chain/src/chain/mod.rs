@@ -15,8 +15,7 @@ use rust_qcow2::inspect::Inspection;
 
 pub use file::{FileFacts, open_read_only};
 pub use format::Looks;
-use names::Refusal;
-pub use names::{Name, Policy};
+pub use names::{Name, Policy, Refusal};
 
 /// One file of a chain.
 pub struct Layer {
@@ -84,7 +83,7 @@ pub enum End {
     /// The backing file is not there.
     Missing(PathBuf),
     /// The backing file is a layer further up, which is given by its depth.
-    Loop(usize),
+    Loop(PathBuf, usize),
     /// The backing file was not opened, as nobody allowed it.
     Refused(Refusal),
     /// The backing file cannot be read or makes no sense.
@@ -96,13 +95,20 @@ pub enum End {
 impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Complete => f.write_str("complete"),
-            Self::Missing(path) => write!(f, "{} is missing", path.display()),
-            Self::Loop(depth) => write!(f, "it is the layer at depth {depth}: a loop"),
-            Self::Refused(refusal) => refusal.fmt(f),
-            Self::Unreadable(path, why) => write!(f, "{}: {why}", path.display()),
-            Self::TooLong(limit) => write!(f, "there are more than {limit} layers (--max-layers)"),
+            Self::Complete => return f.write_str("complete"),
+            Self::Missing(path) => write!(f, "{} is missing", path.display())?,
+            Self::Loop(path, depth) => write!(
+                f,
+                "the backing file of the last layer, {}, is the layer at depth {depth}: a loop",
+                path.display()
+            )?,
+            Self::Refused(refusal) => refusal.fmt(f)?,
+            Self::Unreadable(path, why) => write!(f, "{}: {why}", path.display())?,
+            Self::TooLong(limit) => {
+                return write!(f, "there are more than {limit} layers (--max-layers)");
+            }
         }
+        f.write_str("; `qcow2-chain check` says what to do")
     }
 }
 
@@ -197,7 +203,7 @@ impl Chain {
                 Err(Unusable(why)) => break End::Unreadable(path, why),
             };
             if let Some(depth) = seen.insert(layer.file.id, layers.len()) {
-                break End::Loop(depth);
+                break End::Loop(path, depth);
             }
             layers.push(layer);
         };

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Finding;
-use crate::chain::{Chain, End, Layer, Looks, Name};
+use crate::chain::{Chain, End, Layer, Looks, Name, Refusal};
 use crate::text::{bytes, quoted};
 
 /// The longest name of a backing file that the format allows, in bytes.
@@ -216,7 +216,7 @@ fn end(chain: &Chain, depth: usize, last: &Layer, findings: &mut Vec<Finding>) {
                 ),
             }
             }
-            End::Loop(above) => Finding::error(
+            End::Loop(_, above) => Finding::error(
                 "link-loop",
                 format!("its backing file {name:?} is the layer at depth {above}: a loop"),
             )
@@ -224,7 +224,16 @@ fn end(chain: &Chain, depth: usize, last: &Layer, findings: &mut Vec<Finding>) {
             End::Refused(refusal) => Finding::warning(
                 "link-not-followed",
                 format!("its backing file was not opened: {refusal}"),
-            ),
+            )
+            .advice(match refusal {
+                Refusal::Outside(path) => format!(
+                    "what is below was not checked; if that file is meant: --allow {}",
+                    quoted(&path.parent().unwrap_or(path).display().to_string())
+                ),
+                Refusal::Json | Refusal::Protocol(_) => "what is below was not checked: check it \
+                     by itself, where it is a file"
+                    .into(),
+            }),
             End::Unreadable(path, why) if why == "Image is not in qcow2 format" => Finding::error(
                 "format-wrong",
                 format!("its backing file {} is no qcow2 image", path.display()),
@@ -234,6 +243,10 @@ fn end(chain: &Chain, depth: usize, last: &Layer, findings: &mut Vec<Finding>) {
             End::Unreadable(path, why) => Finding::error(
                 "link-unreadable",
                 format!("its backing file {} cannot be used: {why}", path.display()),
+            )
+            .advice(
+                "it has to be a regular file or block device that this user may read; if its \
+                 content is damaged, restore it from a backup",
             ),
             End::TooLong(limit) => Finding::error(
                 "chain-too-long",
