@@ -67,8 +67,21 @@ pub struct Survey {
     pub layers: Vec<LayerFigures>,
     /// Bytes that no layer has.
     pub hole_bytes: u64,
-    /// What some layer has.
-    pub coverage: Coverage,
+    coverage: Coverage,
+    /// Bytes of the disk that a raw layer has: all of them from 0 on.
+    raw_end: u64,
+}
+
+impl Survey {
+    /// Tells what no layer has, in whole units where a layer ends within one.
+    pub fn holes(&self, size: u64, tell: &mut dyn FnMut(u64, u64)) {
+        self.coverage.holes(size, &mut |from, upto| {
+            let from = from.max(self.raw_end);
+            if from < upto {
+                tell(from, upto);
+            }
+        });
+    }
 }
 
 /// Walks the tables of all layers. `see` gets every piece, `progress` the
@@ -82,9 +95,14 @@ pub fn survey(
     // What a layer has beyond the end of one further up is not seen: a short
     // layer reads as zeroes there.
     let mut limit = u64::MAX;
+    let mut raw_end = 0;
     let mut layers = Vec::with_capacity(chain.layers.len());
     for (depth, layer) in chain.layers.iter().enumerate() {
         limit = limit.min(layer.disk_size().unwrap_or(u64::MAX));
+        if matches!(layer.kind, Kind::Raw) {
+            // The last one; nothing is left for others to claim.
+            raw_end = limit;
+        }
         let mut walk = LayerWalk {
             depth,
             limit,
@@ -104,17 +122,16 @@ pub fn survey(
         layers.push(figures);
         progress(depth + 1);
     }
-    let mut hole_bytes = 0;
-    let size = chain.disk_size();
     let seen: u64 = layers
         .iter()
         .map(|layer| layer.visible_bytes + layer.visible_zero_bytes)
         .sum();
-    hole_bytes += size.saturating_sub(seen);
+    let hole_bytes = chain.disk_size().saturating_sub(seen);
     Ok(Survey {
         layers,
         hole_bytes,
         coverage,
+        raw_end,
     })
 }
 
@@ -195,10 +212,12 @@ impl LayerWalk<'_> {
     /// A raw image has all of its disk; where the file has holes it is zero.
     fn raw(&mut self, layer: &Layer) -> Result<()> {
         let file = layer.reopen()?;
-        let end = layer.file.length;
+        let (length, end) = (layer.file.length, layer.disk_size().unwrap_or(0));
         let mut at = 0;
-        while at < end {
-            let (content, len) = file.content(at, end - at, true)?;
+        while at < length {
+            let (content, len) = file.content(at, length - at, true)?;
+            // The last sector is what the end of the file makes it.
+            let len = if at + len >= length { end - at } else { len };
             let data = content == Content::Data;
             self.figures.extents += u64::from(data);
             self.account(at, len, data, false);

@@ -56,6 +56,30 @@ fn crashes_are_told() {
     assert!(figure(&report, 1, "read_hole")["value"].is_number());
 }
 
+/// A raw layer has all of its disk, up to a whole sector.
+#[test]
+fn raw_layers_leave_no_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let raw = dir.path().join("raw");
+    std::fs::write(&raw, vec![1; 100_000]).unwrap();
+    let top = dir.path().join("top");
+    common::Empty {
+        size: 1 << 20,
+        backing: Some("raw"),
+        format: Some("raw"),
+    }
+    .write(&top);
+    for (image, size) in [(&top, 1 << 20), (&raw, 100_352)] {
+        let predicted = json(0, &["predict", "--calibration", &constants, &name(image)]);
+        let seen = json(0, &["view", &name(image)]);
+        assert_eq!(predicted["disk_size"], size);
+        assert_eq!(predicted["hole_bytes"], seen["hole_bytes"]);
+        assert_eq!(predicted["hole_bytes"], size - 100_352);
+        assert_eq!(predicted["data_bytes"], 100_352);
+    }
+}
+
 #[test]
 fn no_calibration() {
     let dir = tempfile::tempdir().unwrap();

@@ -17,6 +17,9 @@ pub use file::{FileFacts, open_read_only};
 pub use format::Looks;
 pub use names::{Name, Policy, Refusal};
 
+/// Bytes that disks are a multiple of.
+const SECTOR: u64 = 512;
+
 /// One file of a chain.
 pub struct Layer {
     /// As named by the user or by the layer above.
@@ -128,7 +131,8 @@ impl Layer {
     pub fn disk_size(&self) -> Option<u64> {
         match &self.kind {
             Kind::Qcow2(image) => Some(image.size),
-            Kind::Raw => Some(self.file.length),
+            // In sectors, as QEMU has it.
+            Kind::Raw => Some(self.file.length.next_multiple_of(SECTOR)),
             Kind::Other(_) => None,
         }
     }

@@ -46,7 +46,7 @@ impl Targets {
             &mut |_| {},
         )?;
         let mut holes = Sample::new(shape.holes.bytes, count, 1);
-        found.coverage.holes(shape.disk, &mut |from, upto| {
+        found.holes(shape.disk, &mut |from, upto| {
             warm.add(from, upto, shape.depth());
             holes.pass(from, upto - from);
         });

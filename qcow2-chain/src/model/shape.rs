@@ -107,9 +107,9 @@ impl Shape {
                 (figures.compressed_clusters as f64 / clusters as f64).min(1.0);
         }
         let mut holes = Served::default();
-        found
-            .coverage
-            .holes(disk, &mut |from, upto| holes.add(upto - from));
+        found.holes(disk, &mut |from, upto| holes.add(upto - from));
+        // To the byte, which pieces are not where layers end within a unit.
+        holes.bytes = found.hole_bytes;
         let shape = Self {
             disk,
             unit: chain.unit(),
