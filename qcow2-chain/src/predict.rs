@@ -7,8 +7,9 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use crate::chain::{Chain, End};
+use crate::check::STACK;
 use crate::cli::{Aio, Driver, Output, Predict};
-use crate::model::calibration::{Calibrated, Calibration, Predicted};
+use crate::model::calibration::{Calibrated, Calibration, DeepestRead, Measurement, Predicted};
 use crate::model::figure::{Figure, Key};
 use crate::model::shape::Shape;
 use crate::model::terms::Model;
@@ -41,6 +42,14 @@ struct DriverReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     crashes_from: Option<usize>,
     figures: Vec<FigureReport>,
+    /// What there is no prediction of.
+    missing: Vec<Missing>,
+}
+
+#[derive(Serialize)]
+struct Missing {
+    figure: Figure,
+    why: String,
 }
 
 /// A figure with its prediction.
@@ -66,6 +75,9 @@ pub fn run(args: &Predict) -> Result<()> {
     let bar = Progress::new("reading tables", chain.layers.len(), args.common.quiet);
     let (shape, _) = Shape::of(&chain, &mut |_| {}, &mut |done| bar.at(done))?;
     drop(bar);
+    let mut warnings = calibration.warnings();
+    let drivers = calibration.drivers.iter();
+    warnings.extend(drivers.filter_map(|driver| extrapolated(driver, shape.depth())));
     let report = Report {
         image: args.image.display().to_string(),
         layers: shape.depth(),
@@ -74,7 +86,7 @@ pub fn run(args: &Predict) -> Result<()> {
         hole_bytes: shape.holes.bytes,
         tables: shape.layers.iter().map(|layer| layer.tables_reached).sum(),
         calibration: path,
-        warnings: calibration.warnings(),
+        warnings,
         drivers: calibration
             .drivers
             .iter()
@@ -131,7 +143,62 @@ fn driver_report(calibrated: &Calibrated, shape: &Shape, queue_depths: &[u32]) -
         crashes: calibrated.crashes_at(shape.depth()),
         crashes_from: calibrated.deepest_read.and_then(|deepest| deepest.crashes),
         figures: figures(calibrated, shape, queue_depths),
+        missing: Figure::ALL
+            .into_iter()
+            .filter_map(|figure| {
+                let why = why_missing(calibrated, shape, figure)?;
+                Some(Missing { figure, why })
+            })
+            .collect(),
     }
+}
+
+/// A warning where the chain is deeper than all that were measured.
+fn extrapolated(calibrated: &Calibrated, layers: usize) -> Option<String> {
+    let deepest = calibrated.points.iter().map(|point| point.layers).max()?;
+    if layers <= deepest {
+        return None;
+    }
+    let tried = calibrated.deepest_read.map_or(0, |read| read.works);
+    let crash = if calibrated.driver == Driver::Qcow2 && !tried_reads(calibrated, layers) {
+        format!(
+            ", and whether reads crash was tried through {tried} layers only (unpatched QEMU's do \
+             from about {STACK} on)"
+        )
+    } else {
+        String::new()
+    };
+    Some(format!(
+        "{}: calibrated with chains of up to {deepest} layers, this one has {layers}{crash}",
+        calibrated.driver.name()
+    ))
+}
+
+/// Whether it is known if reads through so many layers crash.
+fn tried_reads(calibrated: &Calibrated, layers: usize) -> bool {
+    let tried = |read: DeepestRead| read.crashes.is_some() || layers <= read.works;
+    calibrated.deepest_read.is_some_and(tried)
+}
+
+/// Why a figure is not there; `None` where it is.
+fn why_missing(calibrated: &Calibrated, shape: &Shape, figure: Figure) -> Option<String> {
+    let model = Model::new(shape, calibrated.driver);
+    if model.terms(figure.into()).is_none() {
+        let why = match figure {
+            Figure::ReadHole => "there are no holes",
+            Figure::ReadDisk => "the disk is empty",
+            _ => "there is no data",
+        };
+        return Some(why.to_owned());
+    }
+    if calibrated.models.iter().any(|model| model.figure == figure) {
+        return None;
+    }
+    let has = |point: &&Measurement| point.figures.iter().any(|found| found.key.figure == figure);
+    Some(match calibrated.points.iter().filter(has).count() {
+        0 => "it was not calibrated".to_owned(),
+        few => format!("{few} chains were calibrated, too few for it: calibrate with more layers"),
+    })
 }
 
 fn print(report: &Report) -> Result<()> {
@@ -173,6 +240,14 @@ fn print(report: &Report) -> Result<()> {
             table.add_row([label(figure.figure, figure.queue_depth), value, low, high]);
         }
         text::print_table(out, &table)?;
+        for missing in &driver.missing {
+            writeln!(
+                out,
+                "No prediction of {}: {}",
+                missing.figure.label(),
+                missing.why
+            )?;
+        }
     }
     Ok(())
 }

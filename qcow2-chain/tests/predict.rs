@@ -56,6 +56,39 @@ fn crashes_are_told() {
     assert!(figure(&report, 1, "read_hole")["value"].is_number());
 }
 
+#[test]
+fn deeper_than_calibrated() {
+    let dir = tempfile::tempdir().unwrap();
+    let constants = calibration(dir.path());
+    let text = std::fs::read_to_string(&constants).unwrap();
+    let points = "\"points\":[{\"name\":\"x\",\"layers\":12,\"figures\":[]}]";
+    let text = text.replace("\"points\":[]", points);
+    let text = text.replace("\"crashes\":25", "\"crashes\":null");
+    std::fs::write(&constants, text).unwrap();
+    let predict = |layers| {
+        let top = common::empty_chain(dir.path(), layers);
+        let report = json(0, &["predict", "--calibration", &constants, &top]);
+        // The first one is that it is of another machine.
+        let warnings = report["warnings"].as_array().unwrap()[1..].to_vec();
+        (report, warnings)
+    };
+    assert_eq!(predict(12).1.len(), 0);
+    let (report, warnings) = predict(30);
+    let first = warnings[0].as_str().unwrap();
+    for part in ["12 layers", "has 30", "20 layers", "870"] {
+        assert!(first.contains(part), "{first}");
+    }
+    assert_eq!(warnings.len(), 2);
+    let missing = report["drivers"][0]["missing"].as_array().unwrap();
+    let why = |figure: &str| {
+        let found = missing.iter().find(|one| one["figure"] == figure);
+        found.map(|one| one["why"].as_str().unwrap())
+    };
+    assert_eq!(why("stream"), Some("it was not calibrated"));
+    assert_eq!(why("read_data"), Some("there is no data"));
+    assert_eq!(why("open"), None);
+}
+
 /// A raw layer has all of its disk, up to a whole sector.
 #[test]
 fn raw_layers_leave_no_holes() {

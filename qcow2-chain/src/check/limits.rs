@@ -10,7 +10,7 @@ use crate::text::quoted;
 const LIBVIRT: usize = 200;
 /// Layers at which a read overflows the coroutine stack of unpatched QEMU:
 /// 1 MiB, and 1.2 KiB for each layer.
-const STACK: usize = 870;
+pub const STACK: usize = 870;
 /// Files that QEMU has open besides the layers, roughly.
 const OTHER_FILES: u64 = 64;
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::chain::{Chain, End, Kind, Layer};
 use crate::cli::{Check, Output};
 use crate::text::{self, Progress, printable};
+pub use limits::STACK;
 
 /// `check` found something that may become a problem.
 const WARNINGS: u8 = 3;
