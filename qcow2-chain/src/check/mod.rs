@@ -140,7 +140,7 @@ pub fn run(args: &Check) -> Result<u8> {
     };
     match args.common.output {
         Output::Json => text::print_json(&report)?,
-        Output::Table => print(&report)?,
+        Output::Table => text::unless_closed(print(&report))?,
     }
     Ok(match (report.errors, report.warnings) {
         (0, 0) => 0,

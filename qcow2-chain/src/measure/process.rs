@@ -11,6 +11,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
+use crate::cleanup;
+
 /// Bytes of an answer at most.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -41,12 +43,14 @@ pub struct Program {
 impl Program {
     /// Starts a program.
     pub fn start(path: &Path, args: &[String], patience: Duration) -> Result<Self> {
-        let mut child = Command::new(path)
+        let mut command = Command::new(path);
+        command
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
+            .stderr(Stdio::piped());
+        // Or it could be one of which nobody knows when a signal ends us.
+        let mut child = cleanup::uninterrupted(|| command.spawn())
             .with_context(|| format!("cannot start {}", path.display()))?;
         let errors = child.stderr.take().context("no error output")?;
         let flags = fcntl_getfl(&errors)?;
