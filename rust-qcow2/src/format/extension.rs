@@ -99,12 +99,12 @@ impl Extensions {
                             MAX_FORMAT_NAME + 1
                         )));
                     }
-                    result.backing_format = Some(c_string(data));
+                    result.backing_format = Some(utf8(data, "Backing format")?);
                 }
                 FEATURE_TABLE => result.feature_table = data.to_vec(),
                 CRYPTO_HEADER => result.crypto_header = Some(data.to_vec()),
                 BITMAPS => result.bitmaps = Some(data.to_vec()),
-                DATA_FILE => result.data_file = Some(c_string(data)),
+                DATA_FILE => result.data_file = Some(utf8(data, "Data file name")?),
                 _ => result.unknown.push(Extension {
                     kind,
                     data: data.to_vec(),
@@ -208,7 +208,15 @@ fn feature_table() -> Vec<u8> {
     table
 }
 
-/// The text up to the first NUL.
+/// The text up to the first NUL, which is written back as it was.
+fn utf8(bytes: &[u8], what: &str) -> Result<String> {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    let text = std::str::from_utf8(&bytes[..end]);
+    text.map(ToOwned::to_owned)
+        .map_err(|_| Error::invalid(format!("{what} is not valid UTF-8")))
+}
+
+/// The text up to the first NUL, for a person.
 fn c_string(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
@@ -218,6 +226,18 @@ fn c_string(bytes: &[u8]) -> String {
 mod tests {
     use super::super::header::{V3_LENGTH, tests::sample};
     use super::*;
+
+    /// Else it would be another one in the next header.
+    #[test]
+    fn names_are_kept_or_refused() {
+        for kind in [DATA_FILE, BACKING_FORMAT] {
+            let mut bytes = kind.to_be_bytes().to_vec();
+            bytes.extend_from_slice(&3u32.to_be_bytes());
+            bytes.extend_from_slice(b"a\xffb\0\0\0\0\0\0\0\0\0\0");
+            let error = Extensions::parse(&bytes, 0).unwrap_err();
+            assert!(error.to_string().ends_with("is not valid UTF-8"));
+        }
+    }
 
     #[test]
     fn round_trip_keeps_what_is_not_understood() {
