@@ -41,6 +41,15 @@ fn carry_out(plan: &Value) {
     }
 }
 
+/// The file on top then: where all was committed it is another one.
+fn top_after(plan: &Value, top: String) -> String {
+    let merges = plan["merges"].as_array().unwrap();
+    match merges.iter().find(|merge| merge["top"] == 0) {
+        Some(merge) => merge["into"].as_str().unwrap().to_owned(),
+        None => top,
+    }
+}
+
 #[test]
 fn the_disk_stays_the_same() {
     let Some(img) = qemu("qemu-img") else { return };
@@ -71,12 +80,7 @@ fn the_disk_stays_the_same() {
             let plan = json(0, &args);
             assert_eq!(plan["after"]["layers"], left);
             carry_out(&plan);
-            // Where all was committed the file on top is another one.
-            let merges = plan["merges"].as_array().unwrap();
-            let top = match merges.iter().find(|merge| merge["top"] == 0) {
-                Some(merge) => merge["into"].as_str().unwrap().to_owned(),
-                None => top,
-            };
+            let top = top_after(&plan, top);
             run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
             assert_eq!(json(0, &["view", &top])["depth"], left);
         }
@@ -156,11 +160,7 @@ fn layers_of_any_size() {
             let plan = json(code.into(), &[&args[..], &[&top]].concat());
             assert_eq!(plan["warnings"].as_array().unwrap().is_empty(), code == 0);
             carry_out(&plan);
-            let merges = plan["merges"].as_array().unwrap();
-            let top = match merges.iter().find(|merge| merge["top"] == 0) {
-                Some(merge) => merge["into"].as_str().unwrap().to_owned(),
-                None => top,
-            };
+            let top = top_after(&plan, top);
             run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
             let size = std::fs::metadata(&raw).unwrap().len();
             assert_eq!(json(0, &["view", &top])["disk_size"], size);
