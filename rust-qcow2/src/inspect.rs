@@ -319,10 +319,7 @@ impl<F: File> Inspection<F> {
             if entry.reserved() != 0 {
                 walked.bad_entries += 1;
             }
-            match entry.mapping() {
-                Mapping::Unallocated if self.is_first_of_data_file(entry) => {
-                    out.put(guest, size, ExtentKind::Data(HostOffset(0)));
-                }
+            match self.geometry.mapping(entry) {
                 Mapping::Unallocated => {}
                 Mapping::Compressed => out.put(guest, size, self.compressed(entry)),
                 Mapping::ZeroPlain => out.put(guest, size, ExtentKind::Zero { allocated: false }),
@@ -343,12 +340,7 @@ impl<F: File> Inspection<F> {
             out.put(guest, self.geometry.cluster_size(), self.compressed(entry));
             return;
         }
-        let mapping = match entry.mapping() {
-            Mapping::Unallocated if self.is_first_of_data_file(entry) => {
-                Mapping::Normal(HostOffset(0))
-            }
-            other => other,
-        };
+        let mapping = self.geometry.mapping(entry);
         let place = mapping.host_cluster();
         let (data, zero) = (full.subclusters.data(), full.subclusters.zeroes());
         let misplaced = data != 0 && place.is_some_and(|at| !self.is_data_place(at));
@@ -378,11 +370,6 @@ impl<F: File> Inspection<F> {
             at: place.offset,
             len: place.len,
         }
-    }
-
-    /// Only in a data file may guest data be at offset zero.
-    fn is_first_of_data_file(&self, entry: L2Entry) -> bool {
-        self.has_data_file() && entry.copied() && !entry.has_zero_flag()
     }
 
     fn is_data_place(&self, at: HostOffset) -> bool {

@@ -221,10 +221,7 @@ proptest! {
         events.extend(file.take_events());
 
         let end = (events.len() as f64 * cut) as usize;
-        let bytes = common::crashed(&start, &events[..end], || {
-            luck = luck.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            luck >> 63 == 1
-        });
+        let bytes = common::crashed(&start, &events[..end], || common::coin(&mut luck));
         let survivor = MemoryFile::new(bytes);
         prop_assert_eq!(check(&survivor).0, 0);
         let (image, _) = reopen(&survivor, WRITABLE);

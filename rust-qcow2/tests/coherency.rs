@@ -254,9 +254,7 @@ fn read_while_writing(shape: Shape) {
             scope.spawn(move || {
                 let mut random = seed;
                 while !stop.load(Ordering::Relaxed) {
-                    random = random
-                        .wrapping_mul(6364136223846793005)
-                        .wrapping_add(1442695040888963407);
+                    common::next_random(&mut random);
                     let cluster = (random >> 33) % CLUSTERS;
                     let bytes = read(top, cluster * unit, unit as usize);
                     let own = cluster as u8 + 1;
@@ -274,9 +272,7 @@ fn read_while_writing(shape: Shape) {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
-            random = random
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
+            common::next_random(&mut random);
             let cluster = (random >> 33) % CLUSTERS;
             let image = if random >> 20 & 1 == 0 {
                 &middle

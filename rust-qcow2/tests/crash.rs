@@ -178,10 +178,7 @@ fn crash(setup: Setup, ops: &[Op], cut: f64, mut luck: u64) {
 
     let end = (events.len() as f64 * cut) as usize;
     let bytes = common::crashed(&start, &events[..end], || {
-        luck = luck
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        luck >> 63 == 1 || setup.killed
+        common::coin(&mut luck) || setup.killed
     });
 
     let survivor = MemoryFile::new(bytes);

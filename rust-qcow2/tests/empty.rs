@@ -37,12 +37,7 @@ fn power_is_lost() {
     let mut luck = 12_345_u64;
     for end in 0..=events.len() {
         for _ in 0..16 {
-            let bytes = crashed(&start, &events[..end], || {
-                luck = luck
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1_442_695_040_888_963_407);
-                luck >> 63 == 1
-            });
+            let bytes = crashed(&start, &events[..end], || common::coin(&mut luck));
             let image = open(
                 &MemoryFile::new(bytes),
                 Some(&below),

@@ -116,12 +116,16 @@ impl Pool {
                 members.hand = 0;
             }
             let member = members.list[members.hand].upgrade();
-            // Whoever spared a piece goes on: the others may be a thousand, and empty.
             match member.map_or(Evicted::Nothing, |member| member.evict()) {
-                Evicted::Piece => (idle, members.hand) = (0, members.hand + 1),
-                Evicted::Spared => (idle, spared) = (0, spared + 1),
-                Evicted::Nothing => (idle, members.hand) = (idle + 1, members.hand + 1),
+                Evicted::Piece => idle = 0,
+                Evicted::Spared => {
+                    // The same once more: the others may be a thousand, and empty.
+                    (idle, spared) = (0, spared + 1);
+                    continue;
+                }
+                Evicted::Nothing => idle += 1,
             }
+            members.hand += 1;
         }
     }
 }

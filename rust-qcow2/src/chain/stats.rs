@@ -121,7 +121,7 @@ impl<H: Host> Image<H> {
             reads.sum(|shard| &shard.below),
         );
         let all = by_depth.iter().sum::<u64>() + zero_reads + below_reads;
-        let index = view.index.as_ref();
+        let index = view.index();
         let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
         ChainStatistics {
             layers: self.layers_below().0 + 1,

@@ -53,7 +53,7 @@ impl<H: Host> Image<H> {
                 return Ok(None);
             }
             let len = len.min(view.end - guest.0);
-            let (mut layer, len) = match &view.index {
+            let (mut layer, len) = match view.index() {
                 None => walk(&view, view.layers.len(), guest, len)?,
                 Some(index) => match index.layer_of(guest, len, view.layers.len(), lowest) {
                     Some((Target::Layer(layer), len)) => (layer, len),
@@ -82,7 +82,7 @@ impl<H: Host> Image<H> {
     /// this image, if the index has that in memory.
     pub(crate) fn known_below(&self, guest: GuestOffset, len: u64) -> Option<u64> {
         let view = self.links().last_view();
-        let index = view.index.as_ref()?;
+        let index = view.index()?;
         let known = index.look_up(guest, len, view.layers.len())?;
         Some(known.len)
     }

@@ -27,9 +27,8 @@ pub(crate) struct View<H: Host> {
     /// Where the disk of the last layer ends; what the image has beyond that
     /// reads as zeroes.
     pub(crate) end: u64,
-    /// `None` without layers, and for chains or disks too large for an index.
-    pub(crate) index: Option<Arc<Index<H>>>,
-    /// What layers tell of their changes: the index, or one for nothing else.
+    /// What layers tell of their changes: see [`View::index`]. `None` without
+    /// layers.
     watch: Option<Arc<Index<H>>>,
     /// Numbers of the layers, by their addresses; made when first needed.
     pub(super) positions: OnceLock<FxHashMap<usize, usize>>,
@@ -42,10 +41,15 @@ impl<H: Host> View<H> {
             layers: Vec::new(),
             places: Vec::new(),
             end: 0,
-            index: None,
             watch: None,
             positions: OnceLock::new(),
         })
+    }
+
+    /// `None` without layers, and for chains or disks too large for an index.
+    #[inline]
+    pub(crate) fn index(&self) -> Option<&Arc<Index<H>>> {
+        self.watch.as_ref().filter(|index| index.is_of_use())
     }
 
     fn is_current(&self, generation: u64) -> bool {
@@ -222,7 +226,6 @@ impl<H: Host> Image<H> {
             places: layers.iter().map(H::places).collect(),
             layers,
             end,
-            index: watch.clone().filter(|index| index.is_of_use()),
             watch,
             positions: OnceLock::new(),
         }));
@@ -241,10 +244,11 @@ impl<H: Host> Image<H> {
             .iter()
             .map(|layer| layer.geometry().subcluster_bits());
         let bits = bits.min()?;
+        let possible = layers.len() < MAX_LAYERS && Index::<H>::fits(bits, end);
         let before = last.links().view.load_full();
-        if let Some(index) = before.index.as_ref().filter(|_| layers.len() < MAX_LAYERS) {
+        if let Some(index) = before.index() {
             let fits = index.bits() == bits && index.end() >= end && index.is_alive();
-            if fits && before.has_layers(rest) {
+            if possible && fits && before.has_layers(rest) {
                 last.links().forget_view();
                 index.move_to(pool);
                 last.links().add_watcher(index, rest.len());
@@ -253,8 +257,7 @@ impl<H: Host> Image<H> {
             // It would go on taking memory for what is asked up here from now on.
             last.links().forget_view();
         }
-        let small = layers.len() < MAX_LAYERS && Index::<H>::fits(bits, end);
-        let index = Index::new(bits, if small { end } else { 0 }, pool);
+        let index = Index::new(bits, if possible { end } else { 0 }, pool);
         for (number, layer) in layers.iter().enumerate() {
             layer.links().add_watcher(&index, number);
         }

@@ -206,15 +206,15 @@ fn find_below<H: Host>(top: &Image<H>, guest: GuestOffset, len: u64) -> Result<F
             return Ok(Found { len, source });
         }
         let len = len.min(view.end - guest.0);
-        let Some(index) = &view.index else {
-            return walk(top, &view, view.layers.len(), guest, len, &mut false);
+        let Some(index) = view.index() else {
+            return walk_all(top, &view, guest, len);
         };
         let Some(known) = index.look_up(guest, len, view.layers.len()) else {
             let view = Guard::into_inner(view);
-            let Some(index) = &view.index else { continue };
+            let Some(index) = view.index() else { continue };
             reads.miss();
             if !view.fill(index, top, guest, false)? {
-                return walk(top, &view, view.layers.len(), guest, len, &mut false);
+                return walk_all(top, &view, guest, len);
             }
             continue;
         };
@@ -347,16 +347,15 @@ fn ask<'a, H: Host>(
     len: u64,
 ) -> Result<Found<'a, H>> {
     let changes = index.changes();
-    let mut nobody = false;
-    let found = walk(top, view, layer + 1, guest, len, &mut nobody)?;
+    let (len, source) = walk(top, view, layer + 1, guest, len)?;
     let within = guest.within(index.bits());
     let end = (guest.0 - within).saturating_add(1 << index.bits());
     let number = |image: &Image<H>| view.position(image);
-    let answer = match &found.source {
-        Source::Layer(held, host) => number(held.image())
+    let answer = match &source {
+        Some(Source::Layer(held, host)) => number(held.image())
             .filter(|_| host.0 >= within)
             .map(|number| Resolved::Data(number, HostOffset(host.0 - within))),
-        _ if nobody => Some(Resolved::Below),
+        None => Some(Resolved::Below),
         _ => None,
     };
     // What the end of a layer cuts has to be asked for each time.
@@ -368,25 +367,37 @@ fn ask<'a, H: Host>(
     if let Some(answer) = answer.filter(|_| !cut()) {
         index.settle(guest, Entry::pack(Resolved::Ask(layer)), answer, changes);
     }
-    Ok(found)
+    let source = source.unwrap_or_else(|| below(&view.layers[0]));
+    Ok(Found { len, source })
 }
 
-/// Finds bytes by asking the lowest `count` layers one after the other.
+/// Finds bytes by asking all layers one after the other.
+fn walk_all<'a, H: Host>(
+    top: &Image<H>,
+    view: &View<H>,
+    guest: GuestOffset,
+    len: u64,
+) -> Result<Found<'a, H>> {
+    let (len, source) = walk(top, view, view.layers.len(), guest, len)?;
+    let source = source.unwrap_or_else(|| below(&view.layers[0]));
+    Ok(Found { len, source })
+}
+
+/// Finds bytes by asking the lowest `count` layers one after the other; the
+/// source is `None` where none of them has any.
 fn walk<'a, H: Host>(
     top: &Image<H>,
     view: &View<H>,
     count: usize,
     guest: GuestOffset,
     mut len: u64,
-    nobody: &mut bool,
-) -> Result<Found<'a, H>> {
+) -> Result<(u64, Option<Source<'a, H>>)> {
     let reads = top.links().reads();
     for (number, layer) in view.layers[..count].iter().enumerate().rev() {
         // A layer that is shorter ends there, whatever is below it.
         let size = layer.visible_size();
         if guest.0 >= size {
-            let source = Source::Zero;
-            return Ok(Found { len, source });
+            return Ok((len, Some(Source::Zero)));
         }
         len = len.min(size - guest.0);
         if let Some(clear) = layer.without_table(guest, len) {
@@ -412,10 +423,8 @@ fn walk<'a, H: Host>(
             }
             Mapping::Unallocated => continue,
         };
-        return Ok(Found { len, source });
+        return Ok((len, Some(source)));
     }
     reads.below();
-    *nobody = true;
-    let source = below(&view.layers[0]);
-    Ok(Found { len, source })
+    Ok((len, None))
 }

@@ -208,18 +208,20 @@ fn feature_table() -> Vec<u8> {
     table
 }
 
+fn up_to_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
 /// The text up to the first NUL, which is written back as it was.
-fn utf8(bytes: &[u8], what: &str) -> Result<String> {
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    let text = std::str::from_utf8(&bytes[..end]);
+pub(crate) fn utf8(bytes: &[u8], what: &str) -> Result<String> {
+    let text = std::str::from_utf8(up_to_nul(bytes));
     text.map(ToOwned::to_owned)
         .map_err(|_| Error::invalid(format!("{what} is not valid UTF-8")))
 }
 
 /// The text up to the first NUL, for a person.
 fn c_string(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
+    String::from_utf8_lossy(up_to_nul(bytes)).into_owned()
 }
 
 #[cfg(test)]

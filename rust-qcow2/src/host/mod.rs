@@ -4,8 +4,8 @@
 //! does I/O, takes a lock or waits may switch the coroutine away and resume it
 //! in another thread; in tools and tests it blocks the thread. So no guard of
 //! a `parking_lot` or `std` lock, no `RefCell` borrow and nothing
-//! thread-local may be held across a call into these traits that may suspend. The one lock
-//! that may be held across I/O is [`Host::RawMutex`].
+//! thread-local may be held across a call into these traits that may suspend.
+//! The one lock that may be held across I/O is [`Host::RawMutex`].
 
 pub mod local;
 pub mod memory;

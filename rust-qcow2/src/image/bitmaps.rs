@@ -75,11 +75,6 @@ impl<H: Host> Image<H> {
         self.shared.read().extensions.bitmaps.is_some()
     }
 
-    /// The size that bitmaps have to cover.
-    fn bitmap_disk_size(&self) -> u64 {
-        self.size() & !511
-    }
-
     /// The entries of the directory of bitmaps, in the order of the file.
     ///
     /// # Errors
@@ -96,7 +91,7 @@ impl<H: Host> Image<H> {
             .file()
             .read(directory.offset.0, &mut bytes)
             .map_err(|error| error.context("Failed to read bitmap directory"))?;
-        let size = self.bitmap_disk_size();
+        let size = self.visible_size();
         parse_directory(&bytes, directory.count, &self.geometry, size)
     }
 
@@ -142,7 +137,7 @@ impl<H: Host> Image<H> {
         granularity_bits: u32,
         put: &mut dyn FnMut(u64, u64, Bits<'_>),
     ) -> Result<()> {
-        let size = self.bitmap_disk_size();
+        let size = self.visible_size();
         if self.bitmap_table_len(size, granularity_bits) != table.len() as u64 {
             return Err(Error::errno(libc::EINVAL));
         }
@@ -200,7 +195,7 @@ impl<H: Host> Image<H> {
     fn rewrite_directory(&self, st: &mut StateGuard<'_, H>, list: &[Bitmap]) -> Result<()> {
         let invalid = || Error::errno(libc::EINVAL);
         let directory = self.bitmap_directory().ok_or_else(invalid)?;
-        let bytes = encode_directory(list, &self.geometry, self.bitmap_disk_size())?;
+        let bytes = encode_directory(list, &self.geometry, self.visible_size())?;
         if bytes.len() as u64 != directory.size || !self.vouches_for_bitmaps() {
             return Err(invalid());
         }
@@ -244,7 +239,7 @@ impl<H: Host> Image<H> {
     /// # Errors
     /// The sentences that users of QEMU know.
     pub fn check_bitmap(&self, name: &[u8], granularity_bits: u32) -> Result<()> {
-        let size = self.bitmap_disk_size();
+        let size = self.visible_size();
         bitmaps::check_constraints(name.len(), granularity_bits, &self.geometry, size)
     }
 

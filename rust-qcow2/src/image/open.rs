@@ -19,7 +19,7 @@ use crate::cache::pool::Pool;
 use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::bitmaps::{Directory, EXTENSION as BITMAPS_LENGTH};
-use crate::format::extension::Extensions;
+use crate::format::extension::{Extensions, utf8};
 use crate::format::geometry::{
     Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
     MIN_EXTENDED_L2_CLUSTER_BITS,
@@ -33,9 +33,9 @@ use crate::host::{File, Host};
 use crate::units::HostOffset;
 
 impl<H: Host> Image<H> {
-    /// Opens an image: reads header, extensions, L1 table and, to write to
-    /// it, the refcount table, clears autoclear bits that it will not keep true, and repairs an image
-    /// that was not closed.
+    /// Opens an image: reads header, extensions, L1 table and, to write to it,
+    /// the refcount table, clears autoclear bits that it will not keep true, and
+    /// repairs an image that was not closed.
     ///
     /// # Errors
     /// The sentences that users of QEMU know, for everything that is damaged
@@ -225,7 +225,7 @@ impl<H: Host> Image<H> {
     /// Needs no coroutine and does no I/O.
     pub fn clean_caches(&self) {
         self.l2.clean();
-        if let Some(index) = &self.links.last_view().index {
+        if let Some(index) = self.links.last_view().index() {
             index.clean();
         }
     }
@@ -367,15 +367,7 @@ fn read_backing_name<F: File>(front: &Front<'_, F>, header: &Header) -> Result<O
     front
         .get(offset, &mut bytes)
         .map_err(|error| error.context("Could not read backing file name"))?;
-    let end = bytes
-        .iter()
-        .position(|byte| *byte == 0)
-        .unwrap_or(bytes.len());
-    bytes.truncate(end);
-    match String::from_utf8(bytes) {
-        Ok(name) => Ok(Some(name)),
-        Err(_) => Err(Error::invalid("Backing file name is not valid UTF-8")),
-    }
+    utf8(&bytes, "Backing file name").map(Some)
 }
 
 /// Forgets the bitmaps of an image that was changed by somebody who did not

@@ -193,8 +193,7 @@ impl<H: Host> Image<H> {
         // Only space that the file gains now: a cluster that was in use before
         // would show its old content. A device has all of its space already.
         let file = self.host.file();
-        self.shrink_file(st)?;
-        st.data_floor = self.used_end(st, file.length()?)? >> self.geometry.cluster_bits;
+        st.data_floor = self.shrink_file(st)? >> self.geometry.cluster_bits;
         // Reading what was allocated last must not go beyond the end of the file,
         // which has to be there before the entries are. It grows by what is left
         // and, now and then, by what tables took of that: a few flushes in all.
@@ -266,8 +265,7 @@ impl<H: Host> Image<H> {
         }
         let start = loop {
             // What lies behind the last cluster in use may be old data.
-            self.shrink_file(st)?;
-            let start = HostOffset(self.used_end(st, file.length()?)?);
+            let start = HostOffset(self.shrink_file(st)?);
             if !self.ensure_blocks(st, self.geometry.cluster_of(start), count)? {
                 break start;
             }

@@ -27,6 +27,7 @@ impl<H: Host> Image<H> {
         self.shrink_refcounts(st)
             .map_err(|error| error.context("Failed to discard unused refblocks"))?;
         self.shrink_file(st)
+            .map(drop)
             .map_err(|error| error.context("Failed to find the last cluster"))
     }
 
@@ -69,8 +70,8 @@ impl<H: Host> Image<H> {
         self.pass_discards(st)
     }
 
-    /// Cuts the file behind its last cluster in use.
-    pub(super) fn shrink_file(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+    /// Cuts the file behind its last cluster in use; returns where that ends.
+    pub(super) fn shrink_file(&self, st: &mut StateGuard<'_, H>) -> Result<u64> {
         let file = self.host.file();
         let length = file.length()?;
         let end = self.used_end(st, length)?;
@@ -81,7 +82,7 @@ impl<H: Host> Image<H> {
             // A file that cannot shrink costs space, nothing else.
             let _ = file.truncate(end, false, Preallocation::Off, false);
         }
-        Ok(())
+        Ok(end)
     }
 
     /// The offset behind the last cluster in use of a file of `length` bytes.

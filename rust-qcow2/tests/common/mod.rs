@@ -181,6 +181,19 @@ pub fn read_bits(
     })
 }
 
+/// The next of numbers that look random, best in their high bits.
+pub fn next_random(state: &mut u64) -> u64 {
+    *state = state
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
+    *state
+}
+
+/// Heads or tails.
+pub fn coin(luck: &mut u64) -> bool {
+    next_random(luck) >> 63 == 1
+}
+
 /// The file after a crash: all up to the last flush before `end`, then each
 /// write or not as `kept` says.
 pub fn crashed(start: &[u8], events: &[Event], mut kept: impl FnMut() -> bool) -> Vec<u8> {

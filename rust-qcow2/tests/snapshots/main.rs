@@ -104,10 +104,7 @@ proptest! {
             states.push((events.len(), run.model.clone(), loose));
         }
         let end = (events.len() as f64 * part) as usize;
-        let bytes = common::crashed(&start, &events[..end], || {
-            luck = luck.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            luck >> 63 == 1
-        });
+        let bytes = common::crashed(&start, &events[..end], || common::coin(&mut luck));
         let known = states.iter().rposition(|(at, ..)| *at <= end).unwrap();
         let before = &states[known].1;
         let after = states.get(known + 1);
@@ -153,10 +150,7 @@ proptest! {
         run.do_one(ops.len(), &grow);
         let events = run.file.take_events();
         for end in 0..=events.len() {
-            let bytes = common::crashed(&start, &events[..end], || {
-                luck = luck.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                luck >> 63 == 1
-            });
+            let bytes = common::crashed(&start, &events[..end], || common::coin(&mut luck));
             repaired(bytes);
         }
     }

@@ -277,7 +277,7 @@ impl<H: Host> Image<H> {
         st: &mut StateGuard<'_, H>,
         list: &[Bitmap],
     ) -> Result<Directory> {
-        let bytes = encode_directory(list, &self.geometry, self.bitmap_disk_size())?;
+        let bytes = encode_directory(list, &self.geometry, self.visible_size())?;
         let size = bytes.len() as u64;
         let offset = self.allocate(st, size)?;
         let written = self

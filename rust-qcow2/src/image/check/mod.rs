@@ -168,7 +168,7 @@ impl<H: Host> Check<'_, '_, H> {
     /// Compares refcounts and copied flags with what the image refers to.
     fn check_refcounts(&mut self, fix: Fix) -> Result<()> {
         self.measure_file()?;
-        let size = self.image.size() & !511;
+        let size = self.image.visible_size();
         self.report.total_clusters = div_up(size, self.image.geometry.cluster_size());
 
         self.count_references(fix)?;

@@ -59,7 +59,7 @@ impl<H: Host> Check<'_, '_, H> {
             }
             return Err(error);
         }
-        let disk_size = self.image.size() & !511;
+        let disk_size = self.image.visible_size();
         let file = self.image.host.file();
         let mut repair = Repair {
             say: &mut *self.out,

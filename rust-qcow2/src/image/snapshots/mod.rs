@@ -103,7 +103,7 @@ impl<H: Host> Image<H> {
             date_nsec: new.date_nsec,
             vm_clock_nsec: new.vm_clock_nsec,
             vm_state_size: new.vm_state_size,
-            disk_size: self.size() & !511,
+            disk_size: self.visible_size(),
             icount: new.icount,
             ..Snapshot::default()
         });
@@ -179,7 +179,7 @@ impl<H: Host> Image<H> {
     /// Makes the disk that of a snapshot, and returns the L1 table that it had.
     fn replace_l1(&self, st: &mut StateGuard<'_, H>, held: &HeldSnapshot) -> Result<Vec<u64>> {
         self.begin_change_of_snapshots(st)?;
-        if held.disk_size != self.size() & !511 {
+        if held.disk_size != self.visible_size() {
             return Err(Error::errno(libc::EINVAL));
         }
         self.grow_l1(st, held.l1.len() as u64, true)?;
