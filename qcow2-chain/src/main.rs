@@ -20,15 +20,13 @@ mod validate;
 mod view;
 
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
-use chain::{Chain, Policy};
+use chain::Policy;
 use cli::{Cli, Command, Common};
 
 /// The command could not do its work.
@@ -82,12 +80,7 @@ fn run(command: Command) -> Result<u8> {
         cleanup::on_signals()?;
     }
     match command {
-        Command::View(args) => {
-            for path in args.svg.iter().chain(&args.html) {
-                spare_layers(path, &args.image, &args.common)?;
-            }
-            view::run(&args).map(|()| 0)
-        }
+        Command::View(args) => view::run(&args).map(|()| 0),
         Command::Check(args) => check::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Top(args) => live::top(&args).map(|()| 0),
@@ -98,24 +91,6 @@ fn run(command: Command) -> Result<u8> {
         Command::Measure(args) => measure::run(&args).map(|()| 0),
         Command::Build(args) => build::run(&args).map(|()| 0),
     }
-}
-
-/// Refuses to write into a file that is a layer of the chain.
-fn spare_layers(path: &Path, image: &Path, common: &Common) -> Result<()> {
-    let Ok(found) = path.metadata() else {
-        return Ok(());
-    };
-    let chain = Chain::open(image, &common.policy()?)?;
-    let id = (found.dev(), found.ino());
-    let layer = chain.layers.iter().find(|layer| layer.file.id == id);
-    if let Some(layer) = layer {
-        bail!(
-            "{} is a layer of the chain ({}): name another file",
-            path.display(),
-            layer.real.display()
-        );
-    }
-    Ok(())
 }
 
 impl Common {

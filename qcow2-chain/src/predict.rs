@@ -136,6 +136,7 @@ pub fn figures(calibrated: &Calibrated, shape: &Shape, queue_depths: &[u32]) -> 
 }
 
 fn driver_report(calibrated: &Calibrated, shape: &Shape, queue_depths: &[u32]) -> DriverReport {
+    let model = Model::new(shape, calibrated.driver);
     DriverReport {
         driver: calibrated.driver,
         qemu: calibrated.qemu.clone(),
@@ -146,7 +147,7 @@ fn driver_report(calibrated: &Calibrated, shape: &Shape, queue_depths: &[u32]) -
         missing: Figure::ALL
             .into_iter()
             .filter_map(|figure| {
-                let why = why_missing(calibrated, shape, figure)?;
+                let why = why_missing(calibrated, &model, figure)?;
                 Some(Missing { figure, why })
             })
             .collect(),
@@ -181,8 +182,7 @@ fn tried_reads(calibrated: &Calibrated, layers: usize) -> bool {
 }
 
 /// Why a figure is not there; `None` where it is.
-fn why_missing(calibrated: &Calibrated, shape: &Shape, figure: Figure) -> Option<String> {
-    let model = Model::new(shape, calibrated.driver);
+fn why_missing(calibrated: &Calibrated, model: &Model, figure: Figure) -> Option<String> {
     if model.terms(figure.into()).is_none() {
         let why = match figure {
             Figure::ReadHole => "there are no holes",

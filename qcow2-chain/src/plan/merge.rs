@@ -41,11 +41,6 @@ impl Group {
         }
     }
 
-    /// Whether everything may go into the lowest layer.
-    pub fn can_commit(&self) -> bool {
-        self.descending
-    }
-
     /// Number of layers.
     pub fn layers(&self) -> usize {
         self.bottom - self.top + 1
@@ -65,8 +60,8 @@ impl Group {
     /// guest sees. `None` where there is none.
     pub fn method(&self, wanted: Method) -> Option<Method> {
         match wanted {
-            Method::Commit if !self.can_commit() => None,
-            Method::Auto if !self.can_commit() => Some(Method::Stream),
+            Method::Commit if !self.descending => None,
+            Method::Auto if !self.descending => Some(Method::Stream),
             Method::Auto if self.stream_bytes() < self.commit_bytes() => Some(Method::Stream),
             Method::Auto => Some(Method::Commit),
             wanted => Some(wanted),

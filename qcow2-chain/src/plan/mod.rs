@@ -68,7 +68,10 @@ struct Merge {
     /// Everything goes into the lowest layer, or into the topmost one.
     method: &'static str,
     bytes: u64,
-    /// The file that stays.
+    /// The depth of the layer that stays.
+    #[serde(skip)]
+    kept: usize,
+    /// Its file.
     into: String,
     /// The files that are not needed afterwards.
     dropped: Vec<String>,
@@ -232,6 +235,7 @@ fn report(
                 _ => "commit",
             },
             bytes,
+            kept: into,
             into: file(into),
             dropped: dropped.into_iter().map(file).collect(),
             commands: Commands::new(args, chain, (group.top, group.bottom, below), method),

@@ -39,12 +39,13 @@ pub fn of(
     merges: &[Merge],
 ) -> Vec<String> {
     let mut warnings = Vec::new();
-    let lost: Vec<&Layer> = (chain.layers.iter())
-        .filter(|layer| {
-            let file = layer.real.display().to_string();
-            merges.iter().any(|merge| merge.dropped.contains(&file))
-        })
-        .collect();
+    // From the top down, as the chain is.
+    let merged = merges.iter().rev();
+    let lost = merged.flat_map(|merge| {
+        let depths = (merge.top..=merge.bottom).filter(|depth| *depth != merge.kept);
+        depths.map(|depth| &chain.layers[depth])
+    });
+    let lost: Vec<&Layer> = lost.collect();
     let named = |has: &dyn Fn(&Layer) -> bool| {
         let mut names = lost.iter().filter(|layer| has(layer));
         let first = names.next()?.real.display().to_string();
@@ -61,8 +62,8 @@ pub fn of(
     if let Some(names) = named(&bitmaps) {
         warnings.push(format!("persistent bitmaps are lost: those of {names}"));
     }
-    let encrypted = |layer: &&Layer| layer.qcow2().is_some_and(|image| image.crypt_method != 0);
-    if !merges.is_empty() && chain.layers.iter().any(|layer| encrypted(&layer)) {
+    let encrypted = |layer: &Layer| layer.qcow2().is_some_and(|image| image.crypt_method != 0);
+    if !merges.is_empty() && chain.layers.iter().any(encrypted) {
         warnings.push(
             "there are encrypted layers: the commands of qemu-img need their keys, by --object \
              secret,... and --image-opts in the place of -f"
@@ -72,9 +73,8 @@ pub fn of(
     let smaller = |pair: &[Layer]| pair[0].disk_size() < pair[1].disk_size();
     let (first, last) = (groups.first(), groups.last());
     if let (Some(first), Some(last)) = (first, last) {
-        let pairs = chain.layers[first.top..=last.bottom].windows(2);
-        let depths: Vec<_> = (first.top..).zip(pairs).collect();
-        let found = depths.into_iter().find(|(_, pair)| smaller(pair));
+        let mut pairs = (first.top..).zip(chain.layers[first.top..=last.bottom].windows(2));
+        let found = pairs.find(|(_, pair)| smaller(pair));
         if let Some((depth, _)) = found.filter(|_| args.method == Method::Commit && short_of) {
             warnings.push(format!(
                 "the layer at depth {depth} is smaller than the one below it: a commit would show \

@@ -6,9 +6,10 @@ mod report;
 mod svg;
 
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::chain::Chain;
 use crate::cli::{Output, View};
@@ -20,6 +21,9 @@ use report::{DepthShare, LayerReport, Report};
 /// Carries the command out.
 pub fn run(args: &View) -> Result<()> {
     let chain = Chain::open(&args.image, &args.common.policy()?)?;
+    for path in args.svg.iter().chain(&args.html) {
+        spare_layers(path, &chain)?;
+    }
     let mut grid = (args.svg.is_some() || args.html.is_some()).then(|| Grid::new(&chain));
     let bar = Progress::new("reading tables", chain.layers.len(), args.common.quiet);
     let survey = survey(
@@ -43,6 +47,23 @@ pub fn run(args: &View) -> Result<()> {
         Output::Json => text::print_json(&report),
         Output::Table => print(&report, args.rows),
     }
+}
+
+/// Refuses to write into a file that is a layer of the chain.
+fn spare_layers(path: &Path, chain: &Chain) -> Result<()> {
+    let Ok(found) = path.metadata() else {
+        return Ok(());
+    };
+    let id = (found.dev(), found.ino());
+    let layer = chain.layers.iter().find(|layer| layer.file.id == id);
+    if let Some(layer) = layer {
+        bail!(
+            "{} is a layer of the chain ({}): name another file",
+            path.display(),
+            layer.real.display()
+        );
+    }
+    Ok(())
 }
 
 fn write(path: &Path, content: &str) -> Result<()> {
