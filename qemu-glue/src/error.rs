@@ -125,7 +125,7 @@ pub(crate) fn caught(f: impl FnOnce(ErrorPtr) -> c_int) -> Result<c_int> {
 }
 
 /// A text as C wants it, cut at the first NUL.
-pub(crate) fn c_text(text: &str) -> CString {
-    let end = text.find('\0').unwrap_or(text.len());
-    CString::new(&text[..end]).unwrap_or_default()
+pub(crate) fn c_text(text: &[u8]) -> CString {
+    let text = text.split(|byte| *byte == 0).next();
+    CString::new(text.unwrap_or_default()).unwrap_or_default()
 }

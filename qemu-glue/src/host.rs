@@ -136,7 +136,7 @@ impl Host for Qemu {
         (!child.is_null()).then(|| unsafe { Child::data(self.bs, child) })
     }
 
-    fn open_data_file(&self, external: bool, name: Option<&str>) -> Result<()> {
+    fn open_data_file(&self, external: bool, name: Option<&[u8]>) -> Result<()> {
         let options = self.options.load(Ordering::Acquire);
         let known = self.data_file.load(Ordering::Acquire);
         if options.is_null() {
@@ -313,7 +313,7 @@ impl Host for Qemu {
         // Nothing can be done about a closed standard error.
         let _ = std::io::stderr().write_all(line.as_bytes());
 
-        let message = c_text(text);
+        let message = c_text(text.as_bytes());
         let offset = event.offset.and_then(|offset| i64::try_from(offset).ok());
         let size = event.size.and_then(|size| i64::try_from(size).ok());
         // SAFETY: the node is open, its names are C strings that live as long,
@@ -352,7 +352,7 @@ fn unwanted() -> Error {
 unsafe fn open_child(
     bs: *mut sys::BlockDriverState,
     options: *mut sys::QDict,
-    name: Option<&str>,
+    name: Option<&[u8]>,
 ) -> Result<*mut sys::BdrvChild> {
     let name = name.map(c_text);
     let mut child = ptr::null_mut();

@@ -1,6 +1,6 @@
 //! Options of an open image: from a `QDict` to an [`OptionRequest`].
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
 use std::ptr;
 
 use rust_qcow2::Result;
@@ -113,13 +113,22 @@ impl Drop for SubDict {
     }
 }
 
-/// A C string, if there is one.
+/// A C string, if there is one, for what only knows words.
 ///
 /// # Safety
 /// `c` is null or a C string.
-pub(crate) unsafe fn text(c: *const std::ffi::c_char) -> Option<String> {
+pub(crate) unsafe fn text(c: *const c_char) -> Option<String> {
     // SAFETY: promised by the caller.
-    (!c.is_null()).then(|| unsafe { CStr::from_ptr(c) }.to_string_lossy().into_owned())
+    unsafe { name(c) }.map(|c| c.to_string_lossy().into_owned())
+}
+
+/// A C string, if there is one, byte for byte: names of files need not be UTF-8.
+///
+/// # Safety
+/// `c` is null or a C string that lives as long as the result.
+pub(crate) unsafe fn name<'a>(c: *const c_char) -> Option<&'a CStr> {
+    // SAFETY: promised by the caller.
+    (!c.is_null()).then(|| unsafe { CStr::from_ptr(c) })
 }
 
 /// A set of `rq_runtime_opts`.

@@ -30,8 +30,8 @@ pub struct Inspection<F: File> {
     header: Header,
     geometry: Geometry,
     /// Name and format of the backing file, as recorded.
-    backing: (Option<String>, Option<String>),
-    data_file: Option<String>,
+    backing: (Option<Vec<u8>>, Option<Vec<u8>>),
+    data_file: Option<Vec<u8>>,
     bitmaps: bool,
     length: u64,
 }
@@ -166,17 +166,17 @@ impl<F: File> Inspection<F> {
     }
 
     /// Name of the backing file, as recorded.
-    pub fn backing_file(&self) -> Option<&str> {
+    pub fn backing_file(&self) -> Option<&[u8]> {
         self.backing.0.as_deref()
     }
 
     /// Format of the backing file, as recorded.
-    pub fn backing_format(&self) -> Option<&str> {
+    pub fn backing_format(&self) -> Option<&[u8]> {
         self.backing.1.as_deref()
     }
 
     /// Name of the external data file; an image that has one need not name it.
-    pub fn data_file(&self) -> Option<&str> {
+    pub fn data_file(&self) -> Option<&[u8]> {
         self.data_file.as_deref()
     }
 
@@ -411,7 +411,7 @@ mod tests {
             header.size /= 2;
         }
         let first = Extensions::default()
-            .encode(&mut header, Some("below"))
+            .encode(&mut header, Some(&b"below"[..]))
             .unwrap();
         let bytes = |words: &[u64]| -> Vec<u8> {
             words.iter().flat_map(|word| word.to_be_bytes()).collect()
@@ -448,7 +448,7 @@ mod tests {
             1 << 62 | 0x1_2345,
         ];
         let image = image(&[COPIED | 0x20000], &entries, false);
-        assert_eq!(image.backing_file(), Some("below"));
+        assert_eq!(image.backing_file(), Some(&b"below"[..]));
         let (extents, walked) = walk(&image);
         let data = |at| ExtentKind::Data(HostOffset(at));
         assert_eq!(

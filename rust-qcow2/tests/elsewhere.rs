@@ -93,7 +93,7 @@ proptest! {
             data_file: external,
             data_file_raw: raw,
         };
-        format(&files.image, &params, external.then_some("name")).unwrap();
+        format(&files.image, &params, external.then_some(b"name")).unwrap();
         let image = files.open();
         if encryption.is_none() || !raw {
             image.resize(SIZE, true, Preallocation::Off, false).unwrap();

@@ -71,7 +71,7 @@ fn the_image_file_fails() {
             data_file: true,
             data_file_raw: false,
         };
-        format(&file, &params, Some("data")).unwrap();
+        format(&file, &params, Some(b"data")).unwrap();
         let open = || -> TestImage {
             let host = MemoryHost {
                 file: file.clone(),

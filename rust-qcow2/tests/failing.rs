@@ -254,12 +254,12 @@ fn zeroes_do_not_go_over_data() {
 fn a_backing_file_whose_name_does_not_fit() {
     let file = common::create(common::PLAIN, 1 << 20);
     let image = common::open(&file, None, &OptionRequest::default());
-    image.change_backing(Some("short"), Some("raw")).unwrap();
-    let long = "x".repeat(600);
-    let error = image.change_backing(Some(&long), Some("raw")).unwrap_err();
+    image.change_backing(Some(b"short"), Some(b"raw")).unwrap();
+    let long = [b'x'; 600];
+    let error = image.change_backing(Some(&long), Some(b"raw")).unwrap_err();
     assert_eq!(error.code(), libc::ENOSPC);
-    assert_eq!(image.info().backing_file.as_deref(), Some("short"));
+    assert_eq!(image.info().backing_file.as_deref(), Some(&b"short"[..]));
     image.inactivate().unwrap();
     let image = common::open(&file, None, &OptionRequest::default());
-    assert_eq!(image.info().backing_file.as_deref(), Some("short"));
+    assert_eq!(image.info().backing_file.as_deref(), Some(&b"short"[..]));
 }

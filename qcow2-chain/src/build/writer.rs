@@ -346,10 +346,13 @@ impl Writer<'_> {
             unknown_fields: Vec::new(),
         };
         let extensions = Extensions {
-            backing_format: format.backing.as_ref().map(|(_, format)| format.clone()),
+            backing_format: format
+                .backing
+                .as_ref()
+                .map(|(_, format)| format.clone().into_bytes()),
             ..Extensions::default()
         };
-        let name = format.backing.as_ref().map(|(name, _)| name.as_str());
+        let name = format.backing.as_ref().map(|(name, _)| name.as_bytes());
         let first = extensions
             .encode(&mut header, name)
             .context("the name of the backing file does not fit the first cluster")?;

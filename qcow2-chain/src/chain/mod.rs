@@ -257,6 +257,14 @@ fn load(
 fn qcow2(file: std::fs::File) -> Result<Kind, Unusable> {
     let image = Inspection::open(LocalFile::new(file)).map_err(|e| Unusable(e.to_string()))?;
     let header = image.header();
+    let text = |name: Option<&[u8]>, what: &str| {
+        let name = name.map(|name| String::from_utf8(name.to_vec()));
+        name.transpose().map_err(|_| {
+            Unusable(format!(
+                "{what} is not valid UTF-8: this program cannot follow it"
+            ))
+        })
+    };
     // The rest of the header may be megabytes long and is not kept.
     Ok(Kind::Qcow2(Box::new(Qcow2 {
         size: header.size,
@@ -272,8 +280,8 @@ fn qcow2(file: std::fs::File) -> Result<Kind, Unusable> {
         crypt_method: header.crypt_method,
         snapshots: header.nb_snapshots,
         bitmaps: header.autoclear.contains(Autoclear::BITMAPS),
-        backing_file: image.backing_file().map(str::to_owned),
-        backing_format: image.backing_format().map(str::to_owned),
-        data_file: image.data_file().map(str::to_owned),
+        backing_file: text(image.backing_file(), "Backing file name")?,
+        backing_format: text(image.backing_format(), "Backing format")?,
+        data_file: text(image.data_file(), "Data file name")?,
     })))
 }

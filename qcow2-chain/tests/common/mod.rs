@@ -134,7 +134,9 @@ impl Empty<'_> {
                 .map(Into::into),
             ..Extensions::default()
         };
-        let first = extensions.encode(&mut self.header(), self.backing).unwrap();
+        let first = extensions
+            .encode(&mut self.header(), self.backing.map(str::as_bytes))
+            .unwrap();
         let file = File::create(path).unwrap();
         // The rest of the cluster is a hole.
         let used = first.iter().rposition(|b| *b != 0).unwrap() + 1;

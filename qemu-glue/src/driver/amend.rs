@@ -16,7 +16,7 @@ use crate::crypto;
 use crate::error::{self, ErrorPtr, caught};
 use crate::host::Qemu;
 use crate::node::{Access, Node};
-use crate::options::text;
+use crate::options::{name, text};
 use crate::panic::contain;
 use crate::sys;
 
@@ -74,12 +74,12 @@ pub(super) unsafe extern "C" fn amend_options(
 struct Wanted {
     version: u32,
     size: Option<u64>,
-    backing_file: Option<String>,
-    backing_format: Option<String>,
+    backing_file: Option<Vec<u8>>,
+    backing_format: Option<Vec<u8>>,
     keys: bool,
     lazy_refcounts: Option<bool>,
     width: Option<RefcountOrder>,
-    data_file: Option<String>,
+    data_file: Option<Vec<u8>>,
     data_file_raw: bool,
 }
 
@@ -99,6 +99,10 @@ impl Wanted {
             let word = |name: &CStr| {
                 let value = given(name).then(|| text(sys::qemu_opt_get(opts, name.as_ptr())));
                 value.flatten()
+            };
+            let bytes = |key: &CStr| {
+                let value = given(key).then(|| name(sys::qemu_opt_get(opts, key.as_ptr())));
+                value.flatten().map(|value| value.to_bytes().to_vec())
             };
             let switch = |name: &CStr, default| {
                 given(name).then(|| sys::qemu_opt_get_bool(opts, name.as_ptr(), default))
@@ -127,7 +131,7 @@ impl Wanted {
                     )));
                 }
             };
-            let data_file = word(c"data_file");
+            let data_file = bytes(c"data_file");
             if data_file.is_some() && !info.external_data {
                 return Err(Error::invalid(
                     "data-file can only be set for images that use an external data file",
@@ -158,8 +162,8 @@ impl Wanted {
             Ok(Self {
                 version,
                 size: size.filter(|size| *size != 0),
-                backing_file: word(c"backing_file"),
-                backing_format: word(c"backing_fmt"),
+                backing_file: bytes(c"backing_file"),
+                backing_format: bytes(c"backing_fmt"),
                 keys,
                 lazy_refcounts: switch(c"lazy_refcounts", info.lazy_refcounts),
                 width: (bits != old_bits).then_some(order),

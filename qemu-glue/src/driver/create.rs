@@ -13,9 +13,9 @@ use rust_qcow2::format::header::CompressionType;
 use rust_qcow2::image::create::{self, CreateRequest};
 use rust_qcow2::{Error, Result};
 
-use super::manage::{optional_text, preallocation, recorded_format};
+use super::manage::{preallocation, recorded_format};
 use crate::crypto;
-use crate::error::{self, ErrorPtr, c_text, check};
+use crate::error::{self, ErrorPtr, check};
 use crate::node::{Access, Node};
 use crate::panic::contain;
 use crate::sys;
@@ -149,7 +149,7 @@ unsafe fn create_file(
         let mut data_file = None;
         let mut fill = || {
             if let Some(name) = creation.data_file() {
-                let created = create_protocol(c_text(&name).as_ptr(), opts, errp)?;
+                let created = create_protocol(name.as_ptr(), opts, errp)?;
                 creation.set_data_file((*created.0).node_name.as_ptr());
                 data_file = Some(created);
             }
@@ -259,13 +259,9 @@ unsafe fn create_image(
         };
         let data_name = data_file.as_ref().map(|file| {
             let name = CStr::from_ptr((*file.0).filename.as_ptr());
-            name.to_string_lossy()
+            name.to_bytes()
         });
-        create::format(
-            &BlankFile::new(file.0, errp)?,
-            &params,
-            data_name.as_deref(),
-        )?;
+        create::format(&BlankFile::new(file.0, errp)?, &params, data_name)?;
 
         let flags = sys::BDRV_O_RESIZE | sys::BDRV_O_NO_FLUSH;
         let image = open(name, &file, data_file.as_ref(), flags, errp)?;
@@ -345,28 +341,26 @@ unsafe fn resize(
 unsafe fn set_backing(image: &Backend, options: &sys::BlockdevCreateOptionsQcow2) -> Result<()> {
     // SAFETY: promised by the caller; the texts live as long as the options.
     unsafe {
-        let Some(file) = optional_text(options.backing_file)? else {
+        let Some(file) = crate::options::name(options.backing_file) else {
             return Ok(());
         };
-        let format = if options.has_backing_fmt {
-            optional_text(driver_name(options.backing_fmt).as_ptr())?
-        } else {
-            None
-        };
-        let recorded = format.map(|name| c_text(recorded_format(name)));
+        let format = options
+            .has_backing_fmt
+            .then(|| driver_name(options.backing_fmt));
         let ret = {
             let _lock = GraphLock::new();
             sys::bdrv_co_change_backing_file(
                 sys::blk_bs(image.0),
                 options.backing_file,
-                recorded.as_ref().map_or(ptr::null(), |name| name.as_ptr()),
+                format.map_or(ptr::null(), |name| recorded_format(name).as_ptr()),
                 false,
             )
         };
         check(ret).map(|_| ()).map_err(|error| {
-            let format = format.unwrap_or("(null)");
             error.context(format!(
-                "Could not assign backing file '{file}' with format '{format}'"
+                "Could not assign backing file '{}' with format '{}'",
+                file.to_string_lossy(),
+                format.unwrap_or(c"(null)").to_string_lossy()
             ))
         })
     }

@@ -13,6 +13,7 @@ use super::{FORMAT, NAME};
 use crate::coroutine;
 use crate::error::{self, ErrorPtr, code};
 use crate::node::{Access, Node, request};
+use crate::options::name;
 use crate::panic::contain;
 use crate::sys;
 
@@ -66,32 +67,10 @@ pub(super) fn preallocation(mode: sys::PreallocMode) -> Result<Preallocation> {
     }
 }
 
-/// A text that QEMU passes, if it does.
-///
-/// # Safety
-/// `text` is null or a C string that lives as long as the result.
-pub(super) unsafe fn optional_text<'a>(text: *const c_char) -> Result<Option<&'a str>> {
-    if text.is_null() {
-        return Ok(None);
-    }
-    // SAFETY: promised by the caller.
-    let text = unsafe { CStr::from_ptr(text) };
-    match text.to_str() {
-        Ok(text) => Ok(Some(text)),
-        Err(_) => Err(Error::invalid(
-            "The name of the backing file is not valid UTF-8",
-        )),
-    }
-}
-
 /// The name of a format as it is recorded: images do not know the name of this
 /// driver.
-pub(super) fn recorded_format(name: &str) -> &str {
-    if name.as_bytes() == NAME.to_bytes() {
-        FORMAT.to_str().unwrap_or(name)
-    } else {
-        name
-    }
+pub(super) fn recorded_format(name: &CStr) -> &CStr {
+    if name == NAME { FORMAT } else { name }
 }
 
 pub(super) unsafe extern "C" fn change_backing_file(
@@ -103,8 +82,9 @@ pub(super) unsafe extern "C" fn change_backing_file(
     // as long.
     unsafe {
         request(bs, Access::Write, |image| {
-            let file = optional_text(file)?;
-            let format = optional_text(format)?.map(recorded_format);
+            let file = name(file).map(CStr::to_bytes);
+            let format = name(format).map(recorded_format);
+            let format = format.map(CStr::to_bytes);
             image.change_backing(file, format)?;
             set_backing(bs, file, format);
             Ok(())

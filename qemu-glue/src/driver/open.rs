@@ -115,7 +115,7 @@ pub(super) unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>
         let name = info.backing_file.as_deref().unwrap_or_default();
         // Where nothing has changed the block layer knows better than the
         // image by what name it has opened the backing file.
-        if CStr::from_ptr((*bs).backing_file.as_ptr()).to_bytes() != name.as_bytes() {
+        if CStr::from_ptr((*bs).backing_file.as_ptr()).to_bytes() != name {
             copy_text(&mut (*bs).backing_file, name);
             copy_text(&mut (*bs).auto_backing_file, name);
         }
@@ -136,8 +136,8 @@ pub(super) fn sectors(size: u64) -> i64 {
 /// As for [`publish`].
 pub(super) unsafe fn set_backing(
     bs: *mut sys::BlockDriverState,
-    file: Option<&str>,
-    format: Option<&str>,
+    file: Option<&[u8]>,
+    format: Option<&[u8]>,
 ) {
     // SAFETY: promised by the caller; references to the arrays end with each
     // call.
@@ -149,9 +149,9 @@ pub(super) unsafe fn set_backing(
 }
 
 /// Copies a text into an array, cut to its length, with a NUL behind it.
-fn copy_text(array: &mut [c_char], text: &str) {
+fn copy_text(array: &mut [c_char], text: &[u8]) {
     let len = text.len().min(array.len() - 1);
-    for (to, from) in array.iter_mut().zip(&text.as_bytes()[..len]) {
+    for (to, from) in array.iter_mut().zip(&text[..len]) {
         *to = *from as c_char;
     }
     array[len] = 0;

@@ -17,6 +17,7 @@ use crate::coroutine;
 use crate::error::{self, ErrorPtr, check, code};
 use crate::host::Qemu;
 use crate::node::{Access, Node, request};
+use crate::options::name;
 use crate::panic::contain;
 use crate::qiov::Qiov;
 use crate::sys;
@@ -43,7 +44,7 @@ unsafe fn serve<T>(
 /// `text` is null or a C string that lives as long as the result.
 unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
     // SAFETY: promised by the caller.
-    (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_bytes())
+    unsafe { name(text) }.map(CStr::to_bytes)
 }
 
 /// Copies a text to where C has room for it, cut if need be.

@@ -32,15 +32,16 @@ pub struct Extension {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Extensions {
     /// The format of the backing file, as recorded.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<Vec<u8>>,
     /// The feature name table, unparsed; used to name unknown features.
     pub feature_table: Vec<u8>,
     /// The LUKS header pointer, unparsed.
     pub crypto_header: Option<Vec<u8>>,
     /// The bitmaps extension, unparsed.
     pub bitmaps: Option<Vec<u8>>,
-    /// The name of the external data file.
-    pub data_file: Option<String>,
+    /// The name of the external data file. Like that of a backing file it is
+    /// what the system takes as one: nobody promises UTF-8.
+    pub data_file: Option<Vec<u8>>,
     /// What is not known here, in the order of the file; written back as is.
     pub unknown: Vec<Extension>,
 }
@@ -99,12 +100,12 @@ impl Extensions {
                             MAX_FORMAT_NAME + 1
                         )));
                     }
-                    result.backing_format = Some(utf8(data, "Backing format")?);
+                    result.backing_format = Some(up_to_nul(data).to_vec());
                 }
                 FEATURE_TABLE => result.feature_table = data.to_vec(),
                 CRYPTO_HEADER => result.crypto_header = Some(data.to_vec()),
                 BITMAPS => result.bitmaps = Some(data.to_vec()),
-                DATA_FILE => result.data_file = Some(utf8(data, "Data file name")?),
+                DATA_FILE => result.data_file = Some(up_to_nul(data).to_vec()),
                 _ => result.unknown.push(Extension {
                     kind,
                     data: data.to_vec(),
@@ -149,7 +150,7 @@ impl Extensions {
     ///
     /// # Errors
     /// `ENOSPC` where it does not fit one cluster.
-    pub fn encode(&self, header: &mut Header, backing_file: Option<&str>) -> Result<Vec<u8>> {
+    pub fn encode(&self, header: &mut Header, backing_file: Option<&[u8]>) -> Result<Vec<u8>> {
         let cluster_size = 1usize << header.cluster_bits;
         let mut tail = Vec::new();
         let mut put = |kind: u32, data: &[u8]| {
@@ -159,11 +160,11 @@ impl Extensions {
             tail.resize(tail.len().next_multiple_of(8), 0);
         };
         if let Some(format) = &self.backing_format {
-            put(BACKING_FORMAT, format.as_bytes());
+            put(BACKING_FORMAT, format);
         }
         if let Some(name) = &self.data_file {
             if header.incompatible.contains(Incompatible::DATA_FILE) {
-                put(DATA_FILE, name.as_bytes());
+                put(DATA_FILE, name);
             }
         }
         if let Some(data) = &self.crypto_header {
@@ -185,7 +186,7 @@ impl Extensions {
         let fixed = header.encode().len();
         if let Some(name) = backing_file {
             header.backing_name = Some(((fixed + tail.len()) as u64, name.len() as u32));
-            tail.extend_from_slice(name.as_bytes());
+            tail.extend_from_slice(name);
         }
         let mut bytes = header.encode();
         header.header_length = fixed as u32;
@@ -208,15 +209,9 @@ fn feature_table() -> Vec<u8> {
     table
 }
 
-fn up_to_nul(bytes: &[u8]) -> &[u8] {
+/// A name as the file has it: no NUL is part of one.
+pub(crate) fn up_to_nul(bytes: &[u8]) -> &[u8] {
     bytes.split(|byte| *byte == 0).next().unwrap_or_default()
-}
-
-/// The text up to the first NUL, which is written back as it was.
-pub(crate) fn utf8(bytes: &[u8], what: &str) -> Result<String> {
-    let text = std::str::from_utf8(up_to_nul(bytes));
-    text.map(ToOwned::to_owned)
-        .map_err(|_| Error::invalid(format!("{what} is not valid UTF-8")))
 }
 
 /// The text up to the first NUL, for a person.
@@ -229,16 +224,21 @@ mod tests {
     use super::super::header::{V3_LENGTH, tests::sample};
     use super::*;
 
-    /// Else it would be another one in the next header.
     #[test]
-    fn names_are_kept_or_refused() {
-        for kind in [DATA_FILE, BACKING_FORMAT] {
-            let mut bytes = kind.to_be_bytes().to_vec();
-            bytes.extend_from_slice(&3u32.to_be_bytes());
-            bytes.extend_from_slice(b"a\xffb\0\0\0\0\0\0\0\0\0\0");
-            let error = Extensions::parse(&bytes, 0).unwrap_err();
-            assert!(error.to_string().ends_with("is not valid UTF-8"));
-        }
+    fn names_need_not_be_utf8() {
+        let extensions = Extensions {
+            backing_format: Some(b"a\xffb".to_vec()),
+            data_file: Some(b"\xfe\xff".to_vec()),
+            ..Default::default()
+        };
+        let mut header = sample();
+        header.incompatible.insert(Incompatible::DATA_FILE);
+        let bytes = extensions.encode(&mut header, Some(b"\xff.img")).unwrap();
+        let (at, len) = header.backing_name.unwrap();
+        assert_eq!(&bytes[at as usize..][..len as usize], b"\xff.img");
+        let again = Extensions::parse(&bytes[V3_LENGTH..at as usize], V3_LENGTH as u64).unwrap();
+        assert_eq!(again.backing_format, extensions.backing_format);
+        assert_eq!(again.data_file, extensions.data_file);
     }
 
     #[test]
@@ -252,7 +252,7 @@ mod tests {
             ..Default::default()
         };
         let mut header = sample();
-        let bytes = extensions.encode(&mut header, Some("base.img")).unwrap();
+        let bytes = extensions.encode(&mut header, Some(b"base.img")).unwrap();
         assert_eq!(bytes.len(), 65536);
         let parsed = Header::parse(&bytes).unwrap();
         let (at, len) = parsed.backing_name.unwrap();

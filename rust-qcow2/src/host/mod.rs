@@ -52,7 +52,7 @@ pub trait Host: Send + Sync + Sized + 'static {
     ///
     /// # Errors
     /// Where there is none, or one that the image does not want.
-    fn open_data_file(&self, external: bool, name: Option<&str>) -> Result<()> {
+    fn open_data_file(&self, external: bool, name: Option<&[u8]>) -> Result<()> {
         let _ = name;
         if external && self.data_file().is_none() {
             return Err(Error::invalid("'data-file' is required for this image"));

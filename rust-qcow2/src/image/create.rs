@@ -180,7 +180,7 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
 ///
 /// # Errors
 /// Those of the file.
-pub fn format<F: File>(file: &F, params: &CreateParams, data_file: Option<&str>) -> Result<()> {
+pub fn format<F: File>(file: &F, params: &CreateParams, data_file: Option<&[u8]>) -> Result<()> {
     let cluster_size = 1u64 << params.cluster_bits;
     let mut incompatible = Incompatible::empty();
     incompatible.set(

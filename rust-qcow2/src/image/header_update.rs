@@ -125,7 +125,7 @@ impl<H: Host> Image<H> {
     /// `EINVAL` for a name of more than 1023 bytes or any name with a raw data
     /// file, `ENOSPC` where the header has no room, and those of the file; the old
     /// name is kept then.
-    pub fn change_backing(&self, file: Option<&str>, format: Option<&str>) -> Result<()> {
+    pub fn change_backing(&self, file: Option<&[u8]>, format: Option<&[u8]>) -> Result<()> {
         if file.is_some_and(|name| name.len() > MAX_BACKING_NAME as usize) {
             return Err(Error::errno(libc::EINVAL));
         }

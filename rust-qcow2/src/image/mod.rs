@@ -122,7 +122,7 @@ pub struct Image<H: Host> {
 struct Shared {
     header: Header,
     extensions: Extensions,
-    backing_file: Option<String>,
+    backing_file: Option<Vec<u8>>,
     flags: OpenFlags,
     options: Options,
     /// What the user asked for; it depends on the size of the disk what that
@@ -173,11 +173,11 @@ pub struct ImageInfo {
     /// Whether L2 entries know subclusters.
     pub extended_l2: bool,
     /// Name of the backing file as recorded.
-    pub backing_file: Option<String>,
+    pub backing_file: Option<Vec<u8>>,
     /// Format of the backing file as recorded.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<Vec<u8>>,
     /// Name of the external data file as recorded.
-    pub data_file: Option<String>,
+    pub data_file: Option<Vec<u8>>,
     /// Whether guest data are in a file of their own.
     pub external_data: bool,
     /// Whether that file is a raw image of the disk.

@@ -19,7 +19,7 @@ use crate::cache::pool::Pool;
 use crate::chain::view::Links;
 use crate::error::{Error, Result};
 use crate::format::bitmaps::{Directory, EXTENSION as BITMAPS_LENGTH};
-use crate::format::extension::{Extensions, utf8};
+use crate::format::extension::{Extensions, up_to_nul};
 use crate::format::geometry::{
     Geometry, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS,
     MIN_EXTENDED_L2_CLUSTER_BITS,
@@ -278,7 +278,7 @@ fn read_header<F: File>(front: &Front<'_, F>) -> Result<Header> {
 
 /// Everything that the first cluster says, the name of the backing file
 /// included, for whoever does not open the image.
-pub(crate) fn read_first<F: File>(file: &F) -> Result<(Header, Extensions, Option<String>)> {
+pub(crate) fn read_first<F: File>(file: &F) -> Result<(Header, Extensions, Option<Vec<u8>>)> {
     let front = Front::read(file).map_err(|error| error.context("Could not read qcow2 header"))?;
     let header = read_header(&front)?;
     let extensions = read_extensions(&front, &header)??;
@@ -355,7 +355,7 @@ pub(super) fn read_table<F: File>(file: &F, offset: u64, entries: u64) -> Result
     Ok(table)
 }
 
-fn read_backing_name<F: File>(front: &Front<'_, F>, header: &Header) -> Result<Option<String>> {
+fn read_backing_name<F: File>(front: &Front<'_, F>, header: &Header) -> Result<Option<Vec<u8>>> {
     let Some((offset, len)) = header.backing_name else {
         return Ok(None);
     };
@@ -367,7 +367,7 @@ fn read_backing_name<F: File>(front: &Front<'_, F>, header: &Header) -> Result<O
     front
         .get(offset, &mut bytes)
         .map_err(|error| error.context("Could not read backing file name"))?;
-    utf8(&bytes, "Backing file name").map(Some)
+    Ok(Some(up_to_nul(&bytes).to_vec()))
 }
 
 /// Forgets the bitmaps of an image that was changed by somebody who did not

@@ -1,12 +1,12 @@
 //! From the options of `qemu-img create` to those of `blockdev-create`.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::ptr;
 
 use rust_qcow2::Result;
 
 use crate::error::caught;
-use crate::options::text;
+use crate::options::{name, text};
 use crate::sys;
 
 /// Names that differ between the two; ends with nulls.
@@ -83,8 +83,10 @@ impl Creation {
     }
 
     /// The name of the external data file, if there is to be one.
-    pub(super) fn data_file(&self) -> Option<String> {
-        self.get(c"data_file")
+    pub(super) fn data_file(&self) -> Option<CString> {
+        // SAFETY: the dictionary is ours, and so is its text until it goes.
+        unsafe { name(sys::qdict_get_try_str(self.dict, c"data_file".as_ptr())) }
+            .map(ToOwned::to_owned)
     }
 
     /// Sets the node of the data file that was created meanwhile.

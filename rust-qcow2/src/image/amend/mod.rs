@@ -66,7 +66,7 @@ impl<H: Host> Image<H> {
     ///
     /// # Errors
     /// Those of the file.
-    pub fn amend_data_file(&self, raw: bool, name: Option<&str>) -> Result<()> {
+    pub fn amend_data_file(&self, raw: bool, name: Option<&[u8]>) -> Result<()> {
         let mut st = self.lock();
         self.ensure_usable()?;
         {
