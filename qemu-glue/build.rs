@@ -17,6 +17,8 @@ const FUNCTIONS: &[&str] = &[
     "rq_.*",
     // The block layer.
     "bdrv_co_change_backing_file",
+    "bdrv_co_copy_range_from",
+    "bdrv_co_copy_range_to",
     "bdrv_co_create_file",
     "bdrv_co_debug_event",
     "bdrv_co_delete_file_noerr",

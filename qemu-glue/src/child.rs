@@ -85,6 +85,23 @@ impl Child {
         })
     }
 
+    /// Writes parts one by one: a copy is no part of a request with others.
+    fn write_apart(&self, mut offset: u64, parts: &[Part<'_, Qiov<'_>>]) -> Result<()> {
+        for part in parts {
+            offset += match *part {
+                Part::Bytes(data) => {
+                    self.write(offset, data)?;
+                    data.len() as u64
+                }
+                Part::Guest { buf, at, len } => {
+                    self.write_guest(offset, buf, at, len)?;
+                    len as u64
+                }
+            };
+        }
+        Ok(())
+    }
+
     /// The node of the file.
     pub(crate) fn node(&self) -> *mut sys::BlockDriverState {
         // SAFETY: the child is alive (see `Child`).
@@ -140,6 +157,10 @@ impl File for Child {
 
     fn read_guest(&self, offset: u64, buf: Qiov<'_>, at: usize, len: usize) -> Result<()> {
         self.tell(self.events.read);
+        if let Some(transfer) = buf.transfer() {
+            // SAFETY: the child is alive (see `Child`).
+            return unsafe { transfer.fetch(self.child, signed(offset)?, at, len) };
+        }
         let (offset, len) = (signed(offset)?, signed_len(len)?);
         // SAFETY: the child is alive, and so is the vector (see `Qiov`); QEMU
         // checks that the range is inside.
@@ -150,6 +171,10 @@ impl File for Child {
 
     fn write_guest(&self, offset: u64, buf: Qiov<'_>, at: usize, len: usize) -> Result<()> {
         self.tell(self.events.write);
+        if let Some(transfer) = buf.transfer() {
+            // SAFETY: the child is alive (see `Child`).
+            return unsafe { transfer.store(self.child, signed(offset)?, at, len) };
+        }
         let (offset, len) = (signed(offset)?, signed_len(len)?);
         // SAFETY: as above.
         let ret =
@@ -159,6 +184,13 @@ impl File for Child {
     }
 
     fn write_parts(&self, offset: u64, parts: &[Part<'_, Qiov<'_>>]) -> Result<()> {
+        let copied = |part: &Part<'_, Qiov<'_>>| match part {
+            Part::Guest { buf, .. } => buf.transfer().is_some(),
+            Part::Bytes(_) => false,
+        };
+        if parts.iter().any(copied) {
+            return self.write_apart(offset, parts);
+        }
         let mut gathered = Gathered::with_capacity(parts.len());
         for part in parts {
             match *part {

@@ -41,5 +41,6 @@ mod qiov;
     reason = "generated"
 )]
 mod sys;
+mod transfer;
 
 pub use driver::rqcow2_register;

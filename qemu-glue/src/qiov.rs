@@ -1,10 +1,12 @@
-//! Guest memory: QEMU's `QEMUIOVector`.
+//! Guest memory: QEMU's `QEMUIOVector`, or what stands for it.
 
 use std::marker::PhantomData;
+use std::ptr;
 
 use rust_qcow2::host::Buf;
 
 use crate::sys;
+use crate::transfer::Transfer;
 
 /// The scattered memory of one request.
 ///
@@ -12,7 +14,9 @@ use crate::sys;
 /// references: the guest may write to it at any time.
 #[derive(Clone, Copy)]
 pub(crate) struct Qiov<'a> {
+    /// Null where something else stands for the memory.
     qiov: *mut sys::QEMUIOVector,
+    transfer: Option<&'a Transfer>,
     request: PhantomData<&'a sys::QEMUIOVector>,
 }
 
@@ -32,28 +36,54 @@ impl Qiov<'_> {
     pub(crate) unsafe fn new(qiov: *mut sys::QEMUIOVector) -> Self {
         Self {
             qiov,
+            transfer: None,
             request: PhantomData,
         }
     }
 
-    /// For calls into QEMU.
+    /// For calls into QEMU, where nothing else stands for the memory.
     pub(crate) fn as_ptr(self) -> *mut sys::QEMUIOVector {
         self.qiov
     }
 }
 
+impl<'a> Qiov<'a> {
+    /// What stands for the memory of a copy.
+    pub(crate) fn of_transfer(transfer: &'a Transfer) -> Self {
+        Self {
+            qiov: ptr::null_mut(),
+            transfer: Some(transfer),
+            request: PhantomData,
+        }
+    }
+
+    /// What stands for the memory, if something does.
+    #[inline]
+    pub(crate) fn transfer(self) -> Option<&'a Transfer> {
+        self.transfer
+    }
+}
+
 impl Buf for Qiov<'_> {
     fn zero(&self, at: usize, len: usize) {
+        if let Some(transfer) = self.transfer {
+            return transfer.zero(at, len);
+        }
         // SAFETY: the vector is valid (see `new`); the function stays inside.
         unsafe { sys::qemu_iovec_memset(self.qiov, at, 0, len) };
     }
 
     fn put(&self, at: usize, data: &[u8]) {
+        if let Some(transfer) = self.transfer {
+            return transfer.refuse();
+        }
         // SAFETY: as above; the slice is as long as said.
         unsafe { sys::qemu_iovec_from_buf(self.qiov, at, data.as_ptr().cast(), data.len()) };
     }
 
     fn get(&self, at: usize, data: &mut [u8]) {
+        // That would be to compress or to encrypt it: copies refuse both first.
+        assert!(self.transfer.is_none(), "there is no memory in a copy");
         // SAFETY: as above.
         unsafe { sys::qemu_iovec_to_buf(self.qiov, at, data.as_mut_ptr().cast(), data.len()) };
     }

@@ -15,6 +15,7 @@ use crate::host::Qemu;
 use crate::node::{Access, Node, request};
 use crate::qiov::Qiov;
 use crate::sys;
+use crate::transfer::Transfer;
 
 /// Offsets and lengths in requests are not negative: QEMU has checked them.
 #[inline]
@@ -129,6 +130,53 @@ pub(super) unsafe extern "C" fn pdiscard(
             Some(node) if ret < 0 && !node.is_present() => -libc::ENOMEDIUM,
             _ => ret,
         }
+    }
+}
+
+/// Copies to `dst` what this node reads as.
+pub(super) unsafe extern "C" fn copy_range_from(
+    bs: *mut sys::BlockDriverState,
+    _src: *mut sys::BdrvChild,
+    src_offset: i64,
+    dst: *mut sys::BdrvChild,
+    dst_offset: i64,
+    bytes: i64,
+    read_flags: sys::BdrvRequestFlags,
+    write_flags: sys::BdrvRequestFlags,
+) -> c_int {
+    // SAFETY: a callback of the driver for `bs`, in a coroutine under the graph
+    // lock, of which `dst` is a link.
+    unsafe {
+        let transfer = Transfer::new(dst, dst_offset, read_flags, write_flags);
+        request(bs, Access::Read, |image| {
+            let (offset, len) = range(src_offset, bytes)?;
+            image.read(offset, len, Qiov::of_transfer(&transfer), 0)?;
+            transfer.finish()
+        })
+    }
+}
+
+/// Copies from `src` what this node has to contain.
+pub(super) unsafe extern "C" fn copy_range_to(
+    bs: *mut sys::BlockDriverState,
+    src: *mut sys::BdrvChild,
+    src_offset: i64,
+    _dst: *mut sys::BdrvChild,
+    dst_offset: i64,
+    bytes: i64,
+    read_flags: sys::BdrvRequestFlags,
+    write_flags: sys::BdrvRequestFlags,
+) -> c_int {
+    // SAFETY: as for `copy_range_from`, with `src`.
+    unsafe {
+        let transfer = Transfer::new(src, src_offset, read_flags, write_flags);
+        change(bs, |image| {
+            if image.encryption().is_some() {
+                return Err(Error::errno(libc::ENOTSUP));
+            }
+            let (offset, len) = range(dst_offset, bytes)?;
+            image.write(offset, len, Qiov::of_transfer(&transfer), 0)
+        })
     }
 }
 

@@ -131,6 +131,8 @@ fn table(name: &'static CStr, probe: Option<Probe>) -> sys::BlockDriver {
         bdrv_co_pwritev_part: Some(io::pwritev_part),
         bdrv_co_pwrite_zeroes: Some(io::pwrite_zeroes),
         bdrv_co_pdiscard: Some(io::pdiscard),
+        bdrv_co_copy_range_from: Some(io::copy_range_from),
+        bdrv_co_copy_range_to: Some(io::copy_range_to),
         bdrv_co_flush_to_os: Some(io::flush_to_os),
         bdrv_co_block_status: Some(io::block_status),
         bdrv_co_skip_layers: Some(io::skip_layers),
