@@ -81,7 +81,9 @@ impl<H: Host> Image<H> {
     }
 
     /// Refuses a write of `len` bytes at `offset` that hits metadata other than
-    /// `ignore`, and marks the image corrupt.
+    /// `ignore`, and marks the image corrupt. Writes of the header are not
+    /// refused: it is where it is, whatever else claims to be there, and a repair
+    /// begins with it.
     pub(super) fn ensure_no_overlap(
         &self,
         st: &mut StateGuard<'_, H>,
@@ -90,6 +92,9 @@ impl<H: Host> Image<H> {
         len: u64,
     ) -> Result<()> {
         self.ensure_usable()?;
+        if ignore.contains(MetadataKind::MAIN_HEADER) {
+            return Ok(());
+        }
         let hit = loop {
             match self.overlap_fast(ignore, offset, len) {
                 Some(hit) => break hit,

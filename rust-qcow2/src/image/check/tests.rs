@@ -313,6 +313,21 @@ fn a_block_at_an_odd_place_closes_the_image_until_it_is_opened_again() {
 }
 
 #[test]
+fn the_header_is_written_whatever_claims_to_be_there() {
+    let file = sample_with(12, 4);
+    poke(&file, header(&file).refcount_table_offset + 20 * 8, 0x200);
+    let image = try_open(&file, false, true).unwrap();
+    image
+        .resize(2 * SIZE, true, Preallocation::Off, false)
+        .unwrap();
+    image.inactivate().unwrap();
+    let (report, lines) = check(&file, ALL);
+    assert_eq!(findings(&report)[..3], [0, 0, 0], "{lines:?}");
+    assert_sound(&file);
+    assert!(read(&file) == content());
+}
+
+#[test]
 fn references_beyond_the_end_stay() {
     let file = sample(4);
     let l2 = first_l2(&file);
