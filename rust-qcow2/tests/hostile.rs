@@ -16,7 +16,7 @@ use rust_qcow2::host::{Preallocation, ZeroFlags};
 use rust_qcow2::image::bitmaps::DirtyBits;
 use rust_qcow2::image::check::Fix;
 use rust_qcow2::image::snapshots::NewSnapshot;
-use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
+use rust_qcow2::image::{Image, OpenFlags, OptionRequest, StatusKind};
 use rust_qcow2::units::GuestOffset;
 
 const SIZE: u64 = 64 << 10;
@@ -166,6 +166,32 @@ fn try_read(image: &TestImage, at: u64, len: u64) -> Option<Vec<u8>> {
     let memory = Mutex::new(vec![0xee; len as usize]);
     let result = image.read(GuestOffset(at), len, SharedBuf(&memory), 0);
     result.ok().map(|()| memory.into_inner())
+}
+
+/// A status goes on until there is an error, which is told where it is.
+#[test]
+fn a_status_ends_before_what_is_damaged() {
+    let version2 = Shape {
+        version: 2,
+        ..PLAIN
+    };
+    let file = create(version2, SIZE);
+    let image = open(&file, None, &OptionRequest::default());
+    write(&image, 100 * 512, &[1; 512]).unwrap();
+    image.inactivate().unwrap();
+    let mut bytes = file.bytes();
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[40..48]);
+    let l1 = u64::from_be_bytes(word) as usize;
+    word.copy_from_slice(&bytes[l1 + 8..l1 + 16]);
+    let l2 = (u64::from_be_bytes(word) & !(1 << 63)) as usize;
+    // A flag that this version does not know, for cluster 70.
+    bytes[l2 + 6 * 8 + 7] = 1;
+    let image = open(&MemoryFile::new(bytes), None, &OptionRequest::default());
+    let status = image.block_status(GuestOffset(0), SIZE).unwrap();
+    let kind = StatusKind::Unallocated { host: None };
+    assert_eq!((status.kind, status.len), (kind, 70 * 512));
+    assert!(image.block_status(GuestOffset(70 * 512), 512).is_err());
 }
 
 proptest! {

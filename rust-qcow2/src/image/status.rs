@@ -63,7 +63,9 @@ impl<H: Host> Image<H> {
         };
         // Runs end at slices; a status goes on while the kind stays.
         while len_known < len {
-            let (next, next_len) = self.part_at(guest.add(len_known), len - len_known)?;
+            // What cannot be told further on is an error only for who asks for it.
+            let next = self.part_at(guest.add(len_known), len - len_known);
+            let Ok((next, next_len)) = next else { break };
             if first.mapping == Mapping::Compressed || next != first.plus(len_known) {
                 break;
             }
