@@ -34,21 +34,46 @@ pub fn percent(share: f64) -> String {
 }
 
 /// Names come from images: no control characters reach the terminal, nor those
-/// that turn the direction of text.
+/// that turn the direction of text, nor ends of lines, as the next one would
+/// pass for ours.
 pub fn printable(text: &str) -> String {
+    spelled(text, |_| "\u{fffd}".into())
+}
+
+/// A command of a shell, the same for the shell it is pasted into. What is not
+/// printable is in quotes there (see `quoted`).
+pub fn printable_shell(command: &str) -> String {
+    let octal = |byte: &u8| format!("\\{byte:03o}");
+    spelled(command, |c| {
+        let bytes = c
+            .to_string()
+            .as_bytes()
+            .iter()
+            .map(octal)
+            .collect::<String>();
+        format!("'$'{bytes}''")
+    })
+}
+
+/// JSON, the same for who reads it.
+pub fn printable_json(json: &str) -> String {
+    spelled(json, |c| format!("\\u{:04x}", u32::from(c)))
+}
+
+/// The text with other words for what is not printable.
+fn spelled(text: &str, spell: impl Fn(char) -> String) -> String {
     let hidden = |c: char| {
         c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
     };
-    text.chars()
-        .map(|c| {
-            if hidden(c) && c != '\n' {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect()
+    let mut result = String::with_capacity(text.len());
+    for c in text.chars() {
+        match hidden(c) {
+            true => result.push_str(&spell(c)),
+            false => result.push(c),
+        }
+    }
+    result
 }
 
 /// A word for a shell.
@@ -177,6 +202,10 @@ mod tests {
     #[test]
     fn names_are_harmless() {
         assert_eq!(printable("a\x1b[2Jb\u{202e}c"), "a\u{fffd}[2Jb\u{fffd}c");
+        assert_eq!(printable("a\nb"), "a\u{fffd}b");
+        let word = quoted("a\tb\u{202e}c");
+        assert_eq!(printable_shell(&word), r"'a'$'\011''b'$'\342\200\256''c'");
+        assert_eq!(printable_json("\"a\u{7f}\""), r#""a\u007f""#);
         assert_eq!(quoted("a/b.qcow2"), "a/b.qcow2");
         assert_eq!(quoted("it's"), "'it'\\''s'");
         assert_eq!(quoted("-rf"), "./-rf");

@@ -189,7 +189,7 @@ fn print(report: &Report) -> Result<()> {
         }
         writeln!(out, "{}", printable(&finding.message))?;
         if let Some(command) = &finding.command {
-            writeln!(out, "         run:  {}", printable(command))?;
+            writeln!(out, "         run:  {}", text::printable_shell(command))?;
         }
         if let Some(advice) = &finding.advice {
             writeln!(out, "         {}", printable(advice))?;

@@ -364,8 +364,12 @@ fn print(report: &Report) -> Result<()> {
             }
         }
         for (name, lines) in merge.commands.each() {
+            let shown = match name {
+                "QMP" => text::printable_json,
+                _ => text::printable_shell,
+            };
             for line in lines {
-                writeln!(out, "  {name:<9} {}", printable(line))?;
+                writeln!(out, "  {name:<9} {}", shown(line))?;
             }
         }
     }
