@@ -158,7 +158,7 @@ pub fn run(args: &Calibrate) -> Result<()> {
     all.save(&path)?;
     match args.output {
         Output::Json => text::print_json(&report),
-        Output::Table => print(&report),
+        Output::Table => text::unless_closed(print(&report)),
     }
 }
 

@@ -51,8 +51,6 @@ fn main() -> ExitCode {
     cleanup::done();
     match result {
         Ok(code) => ExitCode::from(code),
-        // Somebody has seen enough: `qcow2-chain view ... | head`.
-        Err(error) if text::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let code = complain(&error);
             ExitCode::from(code)

@@ -95,7 +95,7 @@ pub fn run(args: &Predict) -> Result<()> {
     };
     match args.common.output {
         Output::Json => text::print_json(&report),
-        Output::Table => print(&report),
+        Output::Table => text::unless_closed(print(&report)),
     }
 }
 

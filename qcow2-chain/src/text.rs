@@ -128,7 +128,7 @@ pub fn print(text: &str) -> Result<()> {
 }
 
 /// The result is the same, and with it the exit code, when nobody wants to read
-/// it to its end.
+/// it to its end: `qcow2-chain view ... | head`.
 pub fn unless_closed(printed: Result<()>) -> Result<()> {
     match printed {
         Err(error) if is_broken_pipe(&error) => Ok(()),
@@ -142,7 +142,7 @@ pub fn note(text: &str) {
 }
 
 /// Whether the reader of the output has gone.
-pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
         let json = cause.downcast_ref::<serde_json::Error>();

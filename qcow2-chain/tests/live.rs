@@ -27,8 +27,8 @@ fn node(name: &str, layers: u64) -> Value {
     })
 }
 
-/// Answers one connection.
-fn serve(path: &Path) -> std::thread::JoinHandle<()> {
+/// Answers one connection, so many commands.
+fn serve(path: &Path, commands: usize) -> std::thread::JoinHandle<()> {
     let listener = UnixListener::bind(path).unwrap();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
@@ -38,7 +38,8 @@ fn serve(path: &Path) -> std::thread::JoinHandle<()> {
             json!({"QMP": {"version": {}, "capabilities": []}})
         )
         .unwrap();
-        for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+        let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        for line in lines.take(commands) {
             let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
             let answer = match command["execute"].as_str().unwrap() {
                 "qmp_capabilities" => json!({"return": {}}),
@@ -64,7 +65,7 @@ fn serve(path: &Path) -> std::thread::JoinHandle<()> {
 fn with_server(test: impl FnOnce(&str)) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
-    let server = serve(&path);
+    let server = serve(&path, usize::MAX);
     test(&name(&path));
     server.join().unwrap();
 }
@@ -94,6 +95,17 @@ fn known_answers() {
             assert!(text.contains(line), "{line}\n{text}");
         }
     });
+}
+
+/// That is no end of who reads the output.
+#[test]
+fn a_program_that_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let server = serve(&path, 4);
+    let error = expect(1, &["top", "--interval", "0.1", &name(&path)]);
+    assert!(error.contains("the connection was closed"), "{error}");
+    server.join().unwrap();
 }
 
 #[test]

@@ -5,10 +5,10 @@ mod metrics;
 mod qmp;
 mod sample;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::cli::{Metrics, Output, Top};
 use crate::text::{self, bytes, percent, printable};
@@ -18,10 +18,7 @@ use sample::{ChainSample, Sample};
 /// Carries `metrics` out.
 pub fn metrics(args: &Metrics) -> Result<()> {
     let sample = Sample::take(&mut Qmp::connect(&args.socket, args.quiet)?)?;
-    io::stdout()
-        .lock()
-        .write_all(metrics::format(&sample).as_bytes())?;
-    Ok(())
+    text::print(&metrics::format(&sample))
 }
 
 /// Carries `top` out.
@@ -33,11 +30,8 @@ pub fn top(args: &Top) -> Result<()> {
     loop {
         let (now, sample) = (Instant::now(), Sample::take(&mut qmp)?);
         let mut out = io::stdout().lock();
-        match args.output {
-            Output::Json => {
-                serde_json::to_writer(&mut out, &sample)?;
-                writeln!(out)?;
-            }
+        let text = match args.output {
+            Output::Json => format!("{}\n", serde_json::to_string(&sample)?),
             Output::Table => {
                 let last = before
                     .as_ref()
@@ -49,10 +43,13 @@ pub fn top(args: &Top) -> Result<()> {
                 } else {
                     ""
                 };
-                write!(out, "{home}{page}")?;
+                format!("{home}{page}")
             }
+        };
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
+            written => written.context("cannot write the result")?,
         }
-        out.flush()?;
         drop(out);
         taken += 1;
         if args.count.is_some_and(|count| taken >= count) {

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Value, json};
@@ -54,11 +54,13 @@ impl Qmp {
             command["arguments"] = arguments;
         }
         let text = format!("{command}\n");
-        self.writer.write_all(text.as_bytes())?;
+        let no_answer = || format!("no answer to {name}");
+        self.writer
+            .write_all(text.as_bytes())
+            .map_err(told)
+            .with_context(no_answer)?;
         loop {
-            let mut answer = self
-                .line()
-                .with_context(|| format!("no answer to {name}"))?;
+            let mut answer = self.line().with_context(no_answer)?;
             if let Some(result) = answer.get_mut("return") {
                 return Ok(result.take());
             }
@@ -72,7 +74,8 @@ impl Qmp {
         let mut line = Vec::new();
         let read = (&mut self.reader)
             .take(MAX_LINE)
-            .read_until(b'\n', &mut line)?;
+            .read_until(b'\n', &mut line)
+            .map_err(told)?;
         ensure!(read > 0, "the connection was closed");
         ensure!(line.ends_with(b"\n"), "the answer has no end");
         Ok(serde_json::from_slice(&line)?)
@@ -147,6 +150,17 @@ impl Wait {
             ));
         }
         Ok(())
+    }
+}
+
+/// What it means that a connection does not work.
+fn told(error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => anyhow!("the connection was closed"),
+        _ if is_pause(&error) => {
+            anyhow!("none in {} s: the program hangs", PATIENCE.as_secs())
+        }
+        _ => error.into(),
     }
 }
 

@@ -95,7 +95,7 @@ pub fn run(args: &Measure) -> Result<()> {
     let report = report(args, &shape, &qemu, &found)?;
     match args.common.output {
         Output::Json => text::print_json(&report),
-        Output::Table => print(&report),
+        Output::Table => text::unless_closed(print(&report)),
     }
 }
 

@@ -45,7 +45,7 @@ pub fn run(args: &View) -> Result<()> {
     }
     match args.common.output {
         Output::Json => text::print_json(&report),
-        Output::Table => print(&report, args.rows),
+        Output::Table => text::unless_closed(print(&report, args.rows)),
     }
 }
 
