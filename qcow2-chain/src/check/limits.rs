@@ -71,14 +71,13 @@ fn files(needed: u64, soft: Option<u64>, hard: Option<u64>) -> Option<Finding> {
     let want = (2 * needed).next_power_of_two();
     let text =
         format!("QEMU needs about {needed} open files for this chain, {soft} are allowed here");
-    if needed <= soft {
-        let close = needed * 4 > soft * 3;
-        return close
-            .then(|| Finding::note("limit-files", text).command(format!("ulimit -n {want}")));
-    }
-    let finding = Finding::warning("limit-files", text);
+    let finding = match needed <= soft {
+        true if needed * 4 <= soft * 3 => return None,
+        true => Finding::note("limit-files", text),
+        false => Finding::warning("limit-files", text),
+    };
     Some(match hard {
-        Some(hard) if hard < needed => finding
+        Some(hard) if hard < needed || hard <= soft => finding
             .command(format!("prlimit --pid $$ --nofile={want}:{want}"))
             .advice("as root; for a service LimitNOFILE= in its unit"),
         _ => finding.command(format!("ulimit -n {}", hard.map_or(want, |h| want.min(h)))),
@@ -98,6 +97,12 @@ mod tests {
             files(1000, Some(1024), None).unwrap().severity,
             Severity::Note
         );
+        for (hard, command) in [(4096, "ulimit -n 2048"), (1500, "ulimit -n 1500")] {
+            let finding = files(1000, Some(1024), Some(hard)).unwrap();
+            assert_eq!(finding.command.unwrap(), command);
+        }
+        let finding = files(1000, Some(1024), Some(1024)).unwrap();
+        assert!(finding.command.unwrap().starts_with("prlimit"));
         let finding = files(2000, Some(1024), Some(4096)).unwrap();
         assert_eq!(finding.command.unwrap(), "ulimit -n 4096");
         let finding = files(5000, Some(1024), Some(4096)).unwrap();
