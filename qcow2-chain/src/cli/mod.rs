@@ -113,7 +113,7 @@ pub struct View {
 
 /// Checks a chain as a whole: links, layers, limits ahead
 ///
-/// Every finding comes with the command that mends it, or what else to do.
+/// With a finding comes the command that mends it, or what else to do, if there is anything to do.
 /// Nothing is changed.
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
