@@ -2,7 +2,10 @@
 
 mod common;
 
-use std::process::Command;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use common::{calibration, empty_chain, expect, json, name, qemu, run, same_shape};
 use serde_json::Value;
@@ -84,6 +87,183 @@ fn the_disk_stays_the_same() {
             run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
             assert_eq!(json(0, &["view", &top])["depth"], left);
         }
+    }
+}
+
+/// Makes layers with data, each on the one before by the name that is given,
+/// and a file with what the last one shows.
+fn layers(dir: &Path, names: &[(&str, String)]) -> Option<String> {
+    let (img, io) = (qemu("qemu-img")?, qemu("qemu-io")?);
+    for (at, (file, backing)) in names.iter().enumerate() {
+        let path = dir.join(file);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let path = name(&path);
+        let mut args = vec!["create", "-q", "-f", "qcow2"];
+        if at > 0 {
+            args.extend(["-u", "-b", backing, "-F", "qcow2"]);
+        }
+        run(&img, &[&args[..], &[&path, "8M"]].concat());
+        let write = format!("write -P {} {}k 192k", at + 1, at * 128);
+        let image = format!("driver=qcow2,backing=,file.filename={path}");
+        run(&io, &["--image-opts", "-c", &write, &image]);
+    }
+    Some(name(&dir.join("raw")))
+}
+
+/// What the image records.
+fn backing_name(image: &str) -> Value {
+    let info = ["info", "-f", "qcow2", "--output", "json", image];
+    let info = run(&qemu("qemu-img").unwrap(), &info);
+    let mut info: Value = serde_json::from_str(&info).unwrap();
+    info["backing-filename"].take()
+}
+
+/// The names that images record lead to the right files, relative ones stay so.
+#[test]
+fn links_lead_to_the_same_files() {
+    let Some(img) = qemu("qemu-img") else { return };
+    for (names, top, committed, streamed) in [
+        // Through other directories.
+        (
+            [
+                ("a/0", ""),
+                ("a/1", "0"),
+                ("b/2", "../a/1"),
+                ("c/3", "../b/2"),
+            ],
+            "c/3",
+            "../a/1",
+            "../a/0",
+        ),
+        // What is before a colon could be a protocol.
+        (
+            [("x:0", ""), ("x:1", "./x:0"), ("2", "./x:1"), ("3", "2")],
+            "3",
+            "./x:1",
+            "./x:0",
+        ),
+        // Layers 2 and 3 through symbolic links.
+        (
+            [("a/0", ""), ("a/1", "0"), ("a/2", "DIR/a/1"), ("a/3", "2")],
+            "b/3",
+            "../a/1",
+            "../a/0",
+        ),
+    ] {
+        for (args, recorded) in [
+            (["--method", "commit", "--keep-last", "1"], committed),
+            (["--method", "stream", "--depth", "2"], streamed),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let place = name(dir.path());
+            let names = names.map(|(file, backing)| (file, backing.replace("DIR", &place)));
+            let Some(raw) = layers(dir.path(), &names) else {
+                return;
+            };
+            if top == "b/3" {
+                std::fs::create_dir(dir.path().join("b")).unwrap();
+                for layer in ["2", "3"] {
+                    symlink(format!("../a/{layer}"), dir.path().join("b").join(layer)).unwrap();
+                }
+            }
+            let top = name(&dir.path().join(top));
+            run(&img, &["convert", "-f", "qcow2", "-O", "raw", &top, &raw]);
+            let plan = json(
+                0,
+                &[&["plan", "--allow", &place], &args[..], &[&top]].concat(),
+            );
+            carry_out(&plan);
+            assert_eq!(backing_name(&top), recorded, "{args:?}");
+            run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
+        }
+    }
+}
+
+/// Whatever is in a name, the program gets it as it is, and as a name.
+#[test]
+fn what_is_printed_can_be_pasted() {
+    let Some(img) = qemu("qemu-img") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let names = [
+        ("0", ""),
+        ("a\t'\n\u{202e}b", "0"),
+        ("2", "./a\t'\n\u{202e}b"),
+        ("x:3", "2"),
+    ];
+    let into = name(&dir.path().join(names[1].0));
+    let names = names.map(|(file, backing)| (file, backing.to_owned()));
+    let Some(raw) = layers(dir.path(), &names) else {
+        return;
+    };
+    let top = name(&dir.path().join("x:3"));
+    run(&img, &["convert", "-f", "qcow2", "-O", "raw", &top, &raw]);
+    let plan = Command::new(env!("CARGO_BIN_EXE_qcow2-chain"))
+        .args(["plan", "--depth", "2", "--method", "commit", "x:3"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let plan = String::from_utf8(plan.stdout).unwrap();
+    let command = plan
+        .lines()
+        .find_map(|line| line.strip_prefix("  qemu-img  qemu-img"));
+    let status = Command::new("bash")
+        .args(["-c", &format!("{}{}", name(&img), command.unwrap())])
+        .current_dir(dir.path())
+        .status();
+    assert!(status.unwrap().success(), "{plan}");
+    run(&img, &["compare", "-f", "qcow2", "-F", "raw", &into, &raw]);
+}
+
+/// QEMU records the names by which it has files open, unless it is told others.
+#[test]
+fn links_of_a_running_qemu_lead_somewhere() {
+    let (Some(img), Some(daemon)) = (qemu("qemu-img"), qemu("qemu-storage-daemon")) else {
+        return;
+    };
+    for (args, recorded) in [
+        (["--method", "commit", "--keep-last", "1"], "b/../a/1"),
+        (["--method", "stream", "--depth", "2"], "b/../a/0"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let names = [("a/0", ""), ("a/1", "0"), ("b/2", "../a/1"), ("b/3", "2")];
+        let names = names.map(|(file, backing)| (file, backing.to_owned()));
+        let Some(raw) = layers(dir.path(), &names) else {
+            return;
+        };
+        let top = name(&dir.path().join("b/3"));
+        run(&img, &["convert", "-f", "qcow2", "-O", "raw", &top, &raw]);
+        let place = name(dir.path());
+        let words = ["plan", "--allow", &place, "--device", "disk"];
+        let plan = json(0, &[&words[..], &args, &[&top]].concat());
+        let mut child = Command::new(&daemon)
+            .args(["--chardev", "stdio,id=qmp", "--monitor", "chardev=qmp"])
+            .arg("--blockdev")
+            .arg("driver=qcow2,node-name=disk,file.driver=file,file.filename=b/3")
+            .current_dir(dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = child.stdin.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut until = |what: &str| {
+            let found = output.find_map(|line| {
+                let line = line.unwrap();
+                assert!(!line.contains("error"), "{line}");
+                line.contains(what).then_some(())
+            });
+            assert!(found.is_some(), "no {what}");
+        };
+        writeln!(input, r#"{{"execute": "qmp_capabilities"}}"#).unwrap();
+        until("return");
+        for command in plan["merges"][0]["commands"]["qmp"].as_array().unwrap() {
+            writeln!(input, "{}", command.as_str().unwrap()).unwrap();
+        }
+        until("BLOCK_JOB_COMPLETED");
+        writeln!(input, r#"{{"execute": "quit"}}"#).unwrap();
+        assert!(child.wait().unwrap().success());
+        assert_eq!(backing_name(&top), format!("{place}/{recorded}"));
+        run(&img, &["compare", "-f", "qcow2", "-F", "raw", &top, &raw]);
     }
 }
 

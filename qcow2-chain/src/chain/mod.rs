@@ -15,7 +15,7 @@ use rust_qcow2::inspect::Inspection;
 
 pub use file::{FileFacts, open_read_only};
 pub use format::Looks;
-pub use names::{Name, Policy, Refusal};
+pub use names::{Name, Policy, Refusal, for_qemu, link};
 
 /// Bytes that disks are a multiple of.
 const SECTOR: u64 = 512;

@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use super::End;
+use super::{End, Layer};
 
 /// What may be opened because an image names it.
 #[derive(Clone, Debug)]
@@ -54,6 +54,15 @@ impl<'a> Name<'a> {
             },
             _ => Self::Path(name),
         }
+    }
+}
+
+/// The path as QEMU's programs take it: what is before a colon would be a
+/// protocol.
+pub fn for_qemu(path: &str) -> String {
+    match Name::parse(path) {
+        Name::Path(whole) if whole == path => path.to_owned(),
+        _ => format!("./{path}"),
     }
 }
 
@@ -127,9 +136,46 @@ pub(super) fn resolve(
     Ok((path, real))
 }
 
+/// The name by which `overlay` is to record `below`: relative where its links
+/// are and where that leads to the same file whichever way the overlay is
+/// reached.
+pub fn link(overlay: &Layer, below: &Layer) -> String {
+    let recorded = overlay
+        .qcow2()
+        .and_then(|image| image.backing_file.as_deref());
+    let relative = recorded.is_some_and(
+        |name| matches!(Name::parse(name), Name::Path(path) if Path::new(path).is_relative()),
+    );
+    let name = || {
+        let homes = [&overlay.path, &overlay.real].map(|path| parent(path).canonicalize());
+        let place = parent(&below.path).canonicalize().ok()?;
+        let name = between(
+            homes[0].as_ref().ok()?,
+            &place.join(below.path.file_name()?),
+        );
+        let leads = |home: &PathBuf| home.join(&name).canonicalize().ok();
+        let mut found = homes.iter().map(|home| leads(home.as_ref().ok()?));
+        found
+            .all(|file| file.as_ref() == Some(&below.real))
+            .then(|| for_qemu(&name.display().to_string()))
+    };
+    let found = relative.then(name).flatten();
+    found.unwrap_or_else(|| below.real.display().to_string())
+}
+
+/// The path from a directory to a file, both of them absolute and free of links
+/// and `..`.
+fn between(dir: &Path, file: &Path) -> PathBuf {
+    let shared = (dir.components())
+        .zip(file.components())
+        .take_while(|(a, b)| a == b)
+        .count();
+    let up = dir.components().skip(shared).map(|_| Component::ParentDir);
+    up.chain(file.components().skip(shared)).collect()
+}
+
 /// A path without `.` and `..`.
 fn lexical(path: &Path) -> PathBuf {
-    use std::path::Component;
     let mut result = PathBuf::new();
     for part in path.components() {
         match part {
@@ -156,6 +202,26 @@ mod tests {
         assert_eq!(Name::parse("nbd://host"), Name::Protocol("nbd"));
         assert_eq!(Name::parse("json:{}"), Name::Json);
         assert_eq!(Name::parse(":x"), Name::Protocol(""));
+    }
+
+    #[test]
+    fn names_that_are_given_to_qemu() {
+        for name in ["a.qcow2", "/x/a:b", "./a:b", "../a"] {
+            assert_eq!(for_qemu(name), name);
+        }
+        for name in ["a:b", "file:x", "json:{}", ":"] {
+            assert_eq!(for_qemu(name), format!("./{name}"));
+        }
+        for (dir, file, name) in [
+            ("/a", "/a/x", "x"),
+            ("/a", "/a/b/x", "b/x"),
+            ("/a/b", "/a/x", "../x"),
+            ("/a/b/c", "/a/d/x", "../../d/x"),
+            ("/", "/x", "x"),
+        ] {
+            let found = between(Path::new(dir), Path::new(file));
+            assert_eq!(found, Path::new(name));
+        }
     }
 
     #[test]

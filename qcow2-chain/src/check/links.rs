@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Finding;
-use crate::chain::{Chain, End, Layer, Looks, Name, Refusal};
+use crate::chain::{Chain, End, Layer, Looks, Name, Refusal, for_qemu};
 use crate::text::{bytes, quoted};
 
 /// The longest name of a backing file that the format allows, in bytes.
@@ -33,7 +33,7 @@ fn relink(overlay: &Layer, name: &str, format: &str) -> String {
         "qemu-img rebase -u -f qcow2 -b {} -F {} {}",
         quoted(name),
         quoted(format),
-        quoted(&overlay.path.display().to_string())
+        quoted(&for_qemu(&overlay.path.display().to_string()))
     )
 }
 

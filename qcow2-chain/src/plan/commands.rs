@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::json;
 
-use crate::chain::Chain;
+use crate::chain::{Chain, Name, for_qemu, link};
 use crate::cli::{Method, Plan};
 use crate::text::quoted;
 
@@ -28,7 +28,8 @@ impl Commands {
         method: Method,
     ) -> Self {
         let name = |depth: usize| chain.layers[depth].path.display().to_string();
-        let word = |depth: usize| quoted(&name(depth));
+        let word = |depth: usize| quoted(&for_qemu(&name(depth)));
+        let recorded = |overlay: usize, at: usize| link(&chain.layers[overlay], &chain.layers[at]);
         let format = |depth: usize| chain.layers[depth].format().to_owned();
         let (device, domain, target) = (&args.device, quoted(&args.domain), quoted(&args.target));
         let mut commands = Self {
@@ -43,6 +44,7 @@ impl Commands {
             }
             if let Some(below) = below {
                 arguments["base"] = json!(name(below));
+                arguments["backing-file"] = json!(opened(chain, below));
             }
             commands.qmp(&json!({"execute": "block-stream", "arguments": arguments}));
             // Only into the topmost image.
@@ -54,7 +56,10 @@ impl Commands {
             }
             let base = below.map_or_else(
                 || "-b ''".into(),
-                |at| format!("-b {} -F {}", link(chain, top, at), quoted(&format(at))),
+                |at| {
+                    let name = quoted(&recorded(top, at));
+                    format!("-b {name} -F {}", quoted(&format(at)))
+                },
             );
             commands
                 .qemu_img
@@ -67,6 +72,7 @@ impl Commands {
         let (mut options, mut last) = (String::new(), None);
         if top > 0 {
             arguments["top"] = json!(name(top));
+            arguments["backing-file"] = json!(opened(chain, bottom));
             options = format!(" --top {}", word(top));
         } else {
             last = Some(json!({
@@ -90,7 +96,7 @@ impl Commands {
         if top > 0 {
             commands.qemu_img.push(format!(
                 "qemu-img rebase -u -f qcow2 -b {} -F {} {}",
-                link(chain, top - 1, bottom),
+                quoted(&recorded(top - 1, bottom)),
                 quoted(&format(bottom)),
                 word(top - 1)
             ));
@@ -112,18 +118,20 @@ impl Commands {
     }
 }
 
-/// The name that `overlay` is to record for `below`: relative where they are in
-/// one directory and the link was relative.
-fn link(chain: &Chain, overlay: usize, below: usize) -> String {
-    let (from, to) = (&chain.layers[overlay], &chain.layers[below]);
-    let recorded = from.qcow2().and_then(|image| image.backing_file.as_deref());
-    let relative = recorded.is_some_and(|name| !name.starts_with('/'));
-    let file = to
-        .real
-        .file_name()
-        .filter(|_| from.real.parent() == to.real.parent());
-    match file {
-        Some(file) if relative => quoted(&file.to_string_lossy()),
-        _ => quoted(&to.real.display().to_string()),
-    }
+/// The name by which QEMU has a layer open if it was given the top by its
+/// absolute name: put together in its way, as it does not find again what an
+/// image records by another one. What it would record by itself is relative to
+/// its own directory if the top was named so, and leads nowhere then.
+fn opened(chain: &Chain, depth: usize) -> String {
+    let top = &chain.layers[0].path;
+    let top = std::path::absolute(top).unwrap_or_else(|_| top.clone());
+    let below = chain.layers[1..=depth].iter();
+    below.fold(top.display().to_string(), |above, layer| {
+        match (Name::parse(&layer.name), above.rsplit_once('/')) {
+            (Name::Path(path), Some((dir, _))) if !path.starts_with('/') => {
+                format!("{dir}/{path}")
+            }
+            _ => layer.path.display().to_string(),
+        }
+    })
 }
