@@ -396,6 +396,44 @@ fn bytes_are_those_that_are_copied() {
     assert!(bytes(&[]) <= bytes(&["--method", "commit"]));
 }
 
+/// Version 2 has no zero clusters, zeroes that go there are data.
+#[test]
+fn zeroes_in_an_old_image() {
+    let (Some(img), Some(io)) = (qemu("qemu-img"), qemu("qemu-io")) else {
+        return;
+    };
+    for (method, old) in [("commit", 1usize), ("stream", 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |layer: usize| name(&dir.path().join(layer.to_string()));
+        for layer in 0..4 {
+            let compat = if layer == old {
+                "compat=0.10"
+            } else {
+                "compat=1.1"
+            };
+            let mut args = vec!["create", "-q", "-f", "qcow2", "-o", compat];
+            let below = layer.checked_sub(1).map(&path);
+            if let Some(below) = &below {
+                args.extend(["-b", below, "-F", "qcow2"]);
+            }
+            run(&img, &[&args[..], &[&path(layer), "8M"]].concat());
+            let write = match layer {
+                0 => "write 0 8M",
+                2 => "write -z 0 4M",
+                _ => continue,
+            };
+            run(&io, &["-f", "qcow2", "-c", write, &path(layer)]);
+        }
+        let plan = json(0, &["plan", "--method", method, "--depth", "2", &path(3)]);
+        let bytes = 4 << 20;
+        assert_eq!(plan["bytes_to_copy"], bytes, "{method}");
+        carry_out(&plan);
+        let kept = plan["merges"][0]["into"].as_str().unwrap();
+        let data = json(0, &["view", kept])["layers"][0]["data_bytes"].as_u64();
+        assert_eq!(data, Some(bytes), "{method}");
+    }
+}
+
 #[test]
 fn goals() {
     let dir = tempfile::tempdir().unwrap();

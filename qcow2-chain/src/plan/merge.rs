@@ -1,5 +1,7 @@
 //! Which neighbours to merge, so that little is copied.
 
+use std::borrow::Cow;
+
 use super::segments::Segments;
 use crate::cli::Method;
 
@@ -23,6 +25,9 @@ pub struct Group {
     /// No layer is smaller than one below it. Else a commit would show what the
     /// smaller one hides, which reads as zeroes.
     descending: bool,
+    /// The topmost, the lowest one has zero clusters: version 2 has none.
+    top_zeroes: bool,
+    lowest_zeroes: bool,
 }
 
 impl Group {
@@ -38,6 +43,17 @@ impl Group {
             lowest_size: size,
             smallest: size,
             descending: true,
+            top_zeroes: true,
+            lowest_zeroes: true,
+        }
+    }
+
+    /// The same for a layer that has no zero clusters.
+    pub fn without_zeroes(self) -> Self {
+        Self {
+            top_zeroes: false,
+            lowest_zeroes: false,
+            ..self
         }
     }
 
@@ -48,12 +64,27 @@ impl Group {
 
     /// Bytes that are copied when everything goes into the lowest layer.
     pub fn commit_bytes(&self) -> u64 {
-        self.uppers.data_bytes()
+        match self.lowest_zeroes {
+            true => self.uppers.data_bytes(),
+            false => self.uppers.filled().data_bytes(),
+        }
     }
 
     /// Bytes that are copied when everything goes into the topmost layer.
     pub fn stream_bytes(&self) -> u64 {
-        self.all.data_bytes() - self.top_bytes
+        self.kept(Method::Stream).data_bytes() - self.top_bytes
+    }
+
+    /// What the layer has that stays.
+    pub fn kept(&self, method: Method) -> Cow<'_, Segments> {
+        let zeroes = match method {
+            Method::Stream => self.top_zeroes,
+            _ => self.lowest_zeroes,
+        };
+        match zeroes {
+            true => Cow::Borrowed(&self.all),
+            false => Cow::Owned(self.all.filled()),
+        }
     }
 
     /// How to merge it: as `wanted`, or in the cheaper way that keeps what the
@@ -90,6 +121,8 @@ impl Group {
             lowest_size: below.lowest_size,
             smallest: self.smallest.min(below.smallest),
             descending: self.descending && below.descending && self.lowest_size >= below.size,
+            top_zeroes: self.top_zeroes,
+            lowest_zeroes: below.lowest_zeroes,
         }
     }
 }

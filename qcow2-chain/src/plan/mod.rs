@@ -114,7 +114,13 @@ pub fn run(args: &Plan) -> Result<u8> {
     let groups = layers.into_iter().enumerate().take(last).skip(first);
     let size = |depth: usize| chain.layers[depth].disk_size().unwrap_or(0);
     let groups: Vec<_> = groups
-        .map(|(depth, layer)| Group::new(depth, size(depth), layer))
+        .map(|(depth, layer)| {
+            let group = Group::new(depth, size(depth), layer);
+            match chain.layers[depth].qcow2() {
+                Some(image) if image.version < 3 => group.without_zeroes(),
+                _ => group,
+            }
+        })
         .collect();
     let fixed = count - (last - first);
     let mut reached = true;
@@ -224,7 +230,8 @@ fn report(
             saved_tables += figures[*depth].l2_tables * cluster(*depth);
         }
         // Copies are not compressed, and take clusters of the file that stays.
-        freed -= group.all.data_clusters(cluster(into).max(1)) as i64 - taken[into] as i64;
+        let kept = group.kept(method).data_clusters(cluster(into).max(1));
+        freed -= kept as i64 - taken[into] as i64;
         joined[group.top + 1..=group.bottom].fill(true);
         merges.push(Merge {
             top: group.top,

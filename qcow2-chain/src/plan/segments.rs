@@ -40,6 +40,18 @@ impl Segments {
         data.map(|segment| segment.end - segment.start).sum()
     }
 
+    /// The same for an image that has no zero clusters: data instead.
+    pub fn filled(&self) -> Self {
+        let mut result = Self::default();
+        for segment in &self.0 {
+            result.push(Segment {
+                data: true,
+                ..*segment
+            });
+        }
+        result
+    }
+
     /// Bytes that clusters of this size take which have some of the data.
     pub fn data_clusters(&self, cluster: u64) -> u64 {
         let (mut bytes, mut next) = (0, 0);
