@@ -227,8 +227,9 @@ impl<H: Host> Image<H> {
             }
             let per_block = self.geometry.refcounts_per_block();
             let block_end = (end / per_block + 1) * per_block;
+            let wanted = start + count;
             if end == start {
-                match self.scan_block(st, ClusterIndex(end), true)? {
+                match self.scan_block(st, ClusterIndex(end)..ClusterIndex(block_end), true)? {
                     Some(free) => {
                         start = free.0;
                         end = free.0 + 1;
@@ -239,16 +240,12 @@ impl<H: Host> Image<H> {
                     }
                 }
             } else {
-                let used = self.scan_block(st, ClusterIndex(end), false)?;
-                let used = used.map_or(block_end, |cluster| cluster.0);
-                let wanted = start + count;
-                if used >= wanted {
-                    end = wanted;
-                } else if used == block_end {
-                    end = block_end;
-                } else {
-                    start = used + 1;
-                    end = start;
+                match self.scan_block(st, ClusterIndex(end)..ClusterIndex(wanted), false)? {
+                    Some(used) => {
+                        start = used.0 + 1;
+                        end = start;
+                    }
+                    None => end = wanted.min(block_end),
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Refcount blocks in memory, and changing counts.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use rustc_hash::FxHashMap;
@@ -309,24 +310,29 @@ impl<H: Host> Image<H> {
             .map_or(0, |block| order.get(&block.bytes, index)))
     }
 
-    /// The first cluster from `from` on, within its refcount block, whose count
-    /// is (`zero`) or is not zero; `None` where the block has no such cluster.
+    /// The first cluster of `range` whose count is (`zero`) or is not zero, if it
+    /// is in the refcount block in which the range begins; else `None`.
     pub(super) fn scan_block(
         &self,
         st: &mut StateGuard<'_, H>,
-        from: ClusterIndex,
+        range: Range<ClusterIndex>,
         zero: bool,
     ) -> Result<Option<ClusterIndex>> {
-        let (id, index) = self.block_of(from);
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let (id, index) = self.block_of(range.start);
         let per_block = self.geometry.refcounts_per_block();
         if !self.load_block(st, id)? {
-            return Ok(zero.then_some(from));
+            return Ok(zero.then_some(range.start));
         }
         let order: RefcountOrder = self.geometry.refcount_order;
         let Some(block) = st.refcounts.blocks.get(&id) else {
             return Ok(None);
         };
-        let hit = (index..per_block as usize)
+        // Nothing behind the range is looked at: blocks are long, allocations short.
+        let end = (range.end.0 - id.0 * per_block).min(per_block) as usize;
+        let hit = (index..end)
             .find(|i| (order.get(&block.bytes, *i) == 0) == zero)
             .map(|i| ClusterIndex(id.0 * per_block + i as u64));
         Ok(hit)
@@ -489,5 +495,67 @@ impl<H: Host> Image<H> {
         st.refcounts.replace_table(entries, offset);
         self.forget_overlap_map();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::header::CompressionType;
+    use crate::host::memory::{MemoryFile, MemoryHost};
+    use crate::image::create::{CreateParams, format};
+    use crate::image::{OpenFlags, OptionRequest};
+
+    fn empty_image() -> Image<MemoryHost> {
+        let file = MemoryFile::default();
+        let params = CreateParams {
+            version: 3,
+            cluster_bits: 16,
+            refcount_order: RefcountOrder::BITS_16,
+            lazy_refcounts: false,
+            compression: CompressionType::Zlib,
+            data_file: false,
+            data_file_raw: false,
+            extended_l2: false,
+        };
+        format(&file, &params, None).unwrap();
+        let host = MemoryHost {
+            file,
+            ..Default::default()
+        };
+        let flags = OpenFlags {
+            writable: true,
+            ..Default::default()
+        };
+        Image::open(host, flags, &OptionRequest::default()).unwrap()
+    }
+
+    /// A block counts thousands of clusters. One that is allocated must not cost
+    /// a look at all of them.
+    #[test]
+    fn a_search_ends_with_its_range() {
+        let image = empty_image();
+        let mut st = image.lock();
+        let count = |st: &mut _, cluster: u64| {
+            let at = image.geometry.offset_of(ClusterIndex(cluster));
+            image
+                .change_refcount(st, at, 1, Change::Add(1), Reason::Never)
+                .unwrap();
+        };
+        count(&mut st, 20);
+        let mut scan = |range: Range<u64>, zero| {
+            let range = ClusterIndex(range.start)..ClusterIndex(range.end);
+            let found = image.scan_block(&mut st, range, zero).unwrap();
+            found.map(|cluster| cluster.0)
+        };
+        assert_eq!(scan(10..20, false), None);
+        assert_eq!(scan(10..21, false), Some(20));
+        assert_eq!(scan(10..1 << 40, false), Some(20));
+        assert_eq!(scan(21..1 << 40, false), None);
+        assert_eq!(scan(20..21, true), None);
+        assert_eq!(scan(20..22, true), Some(21));
+        // There is no second block.
+        assert_eq!(scan(40_000..40_001, true), Some(40_000));
+        assert_eq!(scan(40_000..40_000, true), None);
     }
 }

@@ -159,17 +159,15 @@ impl<H: Host> Image<H> {
             );
             return Err(self.corrupt(st, true, None, None, message));
         }
-        let first = ClusterIndex(id.0 * self.geometry.refcounts_per_block());
+        let per_block = self.geometry.refcounts_per_block();
+        let mut next = ClusterIndex(id.0 * per_block);
+        let end = ClusterIndex(next.0 + per_block);
         let own = self.geometry.cluster_of(offset);
-        let mut next = first;
-        while let Some(used) = self.scan_block(st, next, false)? {
+        while let Some(used) = self.scan_block(st, next..end, false)? {
             if used != own {
                 return Ok(false);
             }
             next = ClusterIndex(used.0 + 1);
-            if self.block_of(next).0 != id {
-                break;
-            }
         }
         Ok(true)
     }

@@ -115,8 +115,9 @@ impl<H: Host> Image<H> {
         let per_block = self.geometry.refcounts_per_block();
         let mut at = from.0;
         while at < end {
-            if let Some(found) = self.scan_block(st, ClusterIndex(at), false)? {
-                return Ok((found.0 < end).then_some(found));
+            let found = self.scan_block(st, ClusterIndex(at)..ClusterIndex(end), false)?;
+            if found.is_some() {
+                return Ok(found);
             }
             at = (at / per_block + 1) * per_block;
         }
