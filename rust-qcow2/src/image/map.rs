@@ -227,7 +227,7 @@ impl<H: Host> Image<H> {
             return Ok(slice);
         }
         while let Room::Dirty(victim) = self.l2.make_room() {
-            self.write_slice(st, &victim)?;
+            self.write_victim(st, &victim)?;
         }
         let mut bytes = self.host.aligned(slice_size)?;
         self.host.event(Event::L2Load);
@@ -321,7 +321,7 @@ impl<H: Host> Image<H> {
         bytes: &[u8],
     ) -> Result<SliceAt> {
         while let Room::Dirty(victim) = self.l2.make_room() {
-            self.write_slice(st, &victim)?;
+            self.write_victim(st, &victim)?;
         }
         let (offset, index) = self.slice_position(table, guest);
         let start = (offset.0 - table.0) as usize;

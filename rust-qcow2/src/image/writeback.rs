@@ -13,11 +13,12 @@
 //!
 //! The first three are kept here, for tables that wait in caches: [`Order`]
 //! remembers which cache has to be on disk before the other may be written,
-//! and every write of a cached table goes through [`Image::write_slice`] or
-//! [`Image::write_refcount_block`]. The fourth is kept by writing table, then
-//! flushing, then writing the pointer: [`Image::write_pointer`]. Where that
-//! fails, and the file may have the new pointer nevertheless, the old one is
-//! written again before anything that the new one refers to is given away.
+//! and every write of a cached table goes through [`Image::write_slices`],
+//! [`Image::write_victim`] or [`Image::write_refcount_block`]. The fourth is
+//! kept by writing table, then flushing, then writing the pointer:
+//! [`Image::write_pointer`]. Where that fails, and the file may have the new
+//! pointer nevertheless, the old one is written again before anything that the
+//! new one refers to is given away.
 
 use std::sync::Arc;
 
@@ -112,13 +113,17 @@ impl<H: Host> Image<H> {
         Ok(())
     }
 
-    /// Writes one L2 slice, after what it waits for.
-    pub(super) fn write_slice(
+    /// Writes an L2 slice that makes room for another one, after what it waits
+    /// for. If that takes a flush all that are dirty are written, so that those
+    /// that go next need none of their own.
+    pub(super) fn write_victim(
         &self,
         st: &mut StateGuard<'_, H>,
         slice: &Arc<L2Slice>,
     ) -> Result<()> {
-        self.settle_l2(st)?;
+        if st.order.l2_after_refcounts || st.order.l2_after_data {
+            return self.write_slices(st);
+        }
         self.put_slice(st, slice)
     }
 

@@ -1,0 +1,47 @@
+//! How often metadata are flushed.
+
+mod common;
+
+use common::{PLAIN, Shape, create, next_random, open, write};
+use rust_qcow2::host::memory::Event;
+use rust_qcow2::image::OptionRequest;
+
+/// A cluster, and an L2 slice: all of its table.
+const CLUSTER: u64 = 4096;
+/// What an L2 table maps.
+const SPAN: u64 = CLUSTER * CLUSTER / 8;
+const TABLES: u64 = 64;
+
+/// Each slice that makes room waits for refcounts that were not written yet.
+/// They are flushed for many of them together.
+#[test]
+fn slices_make_room_without_a_flush_for_each() {
+    let shape = Shape {
+        cluster_bits: CLUSTER.trailing_zeros(),
+        ..PLAIN
+    };
+    let file = create(shape, TABLES * SPAN);
+    let options = OptionRequest {
+        l2_cache_size: Some(16 * CLUSTER),
+        l2_cache_entry_size: Some(CLUSTER),
+        ..OptionRequest::default()
+    };
+    let image = open(&file, None, &options);
+    let data = vec![1; CLUSTER as usize];
+    for table in 0..TABLES {
+        write(&image, table * SPAN, &data).unwrap();
+    }
+    image.flush().unwrap();
+    let _ = file.take_events();
+
+    let mut luck = 1;
+    for i in 0..256 {
+        let table = (next_random(&mut luck) >> 33) % TABLES;
+        write(&image, table * SPAN + (1 + i) * CLUSTER, &data).unwrap();
+    }
+    let events = file.take_events();
+    let flushes = events.iter().filter(|event| **event == Event::Flush);
+    // One for each would be 190.
+    let flushes = flushes.count();
+    assert!(flushes < 50, "{flushes}");
+}
