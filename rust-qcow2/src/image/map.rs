@@ -229,7 +229,9 @@ impl<H: Host> Image<H> {
         while let Room::Dirty(victim) = self.l2.make_room() {
             self.write_victim(st, &victim)?;
         }
-        let mut bytes = self.host.aligned(slice_size)?;
+        // Not new memory: what is aligned and let go again among the slices that
+        // stay leaves holes that are as large as they are.
+        let mut bytes = self.host.scratch(slice_size)?;
         self.host.event(Event::L2Load);
         self.host.file().read(offset.0, &mut bytes)?;
         let extended = self.geometry.has_subclusters();

@@ -230,7 +230,7 @@ impl<H: Host> Image<H> {
         }
         let len = slice.bytes();
         self.ensure_no_overlap(st, MetadataKind::ACTIVE_L2, slice.offset().0, len as u64)?;
-        let mut bytes = self.host.aligned(len)?;
+        let mut bytes = self.host.scratch(len)?;
         slice.to_bytes(&mut bytes);
         self.host.event(Event::L2Update);
         self.host.file().write(slice.offset().0, &bytes)?;
