@@ -258,6 +258,8 @@ fn a_backing_file_whose_name_does_not_fit() {
     let long = [b'x'; 600];
     let error = image.change_backing(Some(&long), Some(b"raw")).unwrap_err();
     assert_eq!(error.code(), libc::ENOSPC);
+    let error = image.change_backing(Some(b"other"), Some(b"copy-before-write"));
+    assert_eq!(error.unwrap_err().code(), libc::EINVAL);
     assert_eq!(image.info().backing_file.as_deref(), Some(&b"short"[..]));
     image.inactivate().unwrap();
     let image = common::open(&file, None, &OptionRequest::default());

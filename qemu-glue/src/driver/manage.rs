@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char, c_int};
 use std::io::Write as _;
 
+use rust_qcow2::format::extension::MAX_FORMAT_NAME;
 use rust_qcow2::host::Preallocation;
 use rust_qcow2::image::check::{CheckReport, Fix};
 use rust_qcow2::{Error, Result};
@@ -83,8 +84,9 @@ pub(super) unsafe extern "C" fn change_backing_file(
     unsafe {
         request(bs, Access::Write, |image| {
             let file = name(file).map(CStr::to_bytes);
-            let format = name(format).map(recorded_format);
-            let format = format.map(CStr::to_bytes);
+            let format = name(format).map(|name| recorded_format(name).to_bytes());
+            // The names of some filters are longer than what there is room for.
+            let format = format.map(|name| &name[..name.len().min(MAX_FORMAT_NAME)]);
             image.change_backing(file, format)?;
             set_backing(bs, file, format);
             Ok(())

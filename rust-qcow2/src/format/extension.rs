@@ -17,7 +17,7 @@ pub const BITMAPS: u32 = 0x2385_2875;
 pub const DATA_FILE: u32 = 0x4441_5441;
 
 /// Longest name of a backing format.
-const MAX_FORMAT_NAME: usize = 15;
+pub const MAX_FORMAT_NAME: usize = 15;
 
 /// One header extension, as it is in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]

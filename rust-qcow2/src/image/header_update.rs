@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use super::{Image, Shared, StateGuard};
 use crate::error::{Error, Result};
 use crate::format::entry::MetadataKind;
+use crate::format::extension::MAX_FORMAT_NAME;
 use crate::format::geometry::MAX_BACKING_NAME;
 use crate::format::header::{Incompatible, field};
 use crate::host::{Corruption, File, Host};
@@ -122,11 +123,15 @@ impl<H: Host> Image<H> {
     /// Records another backing file; `None` for none.
     ///
     /// # Errors
-    /// `EINVAL` for a name of more than 1023 bytes or any name with a raw data
-    /// file, `ENOSPC` where the header has no room, and those of the file; the old
-    /// name is kept then.
+    /// `EINVAL` for a name of more than 1023 bytes, a format of more than 15, or any
+    /// name with a raw data file, `ENOSPC` where the header has no room, and those
+    /// of the file; the old name is kept then.
     pub fn change_backing(&self, file: Option<&[u8]>, format: Option<&[u8]>) -> Result<()> {
         if file.is_some_and(|name| name.len() > MAX_BACKING_NAME as usize) {
+            return Err(Error::errno(libc::EINVAL));
+        }
+        if format.is_some_and(|name| name.len() > MAX_FORMAT_NAME) {
+            // Nobody would open the image any more.
             return Err(Error::errno(libc::EINVAL));
         }
         if file.is_some() && self.data_file_is_raw() {
