@@ -100,7 +100,7 @@ def initramfs(study):
 def guest(study, records):
     """fio and RocksDB in a guest on 500 layers, and QEMU's memory."""
     depth = 500
-    rounds, seconds, count, random_mib = (1, 4, 150_000, 128) if study.quick \
+    rounds, seconds, count, random_mib = (1, 3, 120_000, 96) if study.quick \
         else (3, 30, 500_000, 512)
     programs = os.path.join(CACHE, 'study', 'guest', 'tree')
     study.say('filling a database, making a file system of it')
