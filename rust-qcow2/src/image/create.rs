@@ -173,6 +173,19 @@ pub fn validate(request: &CreateRequest) -> Result<CreateParams> {
     })
 }
 
+/// What a test that wants nothing special begins with.
+#[cfg(test)]
+pub(super) const PLAIN: CreateParams = CreateParams {
+    version: 3,
+    cluster_bits: 16,
+    refcount_order: RefcountOrder::BITS_16,
+    lazy_refcounts: false,
+    compression: CompressionType::Zlib,
+    data_file: false,
+    data_file_raw: false,
+    extended_l2: false,
+};
+
 /// Writes an image of a disk of size zero: header, refcount table and one
 /// refcount block, in this order and counted. Everything else comes with the
 /// first resize. `data_file` is the name of the external data file, if there

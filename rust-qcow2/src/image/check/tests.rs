@@ -5,13 +5,13 @@ use proptest::prelude::*;
 
 use super::{CheckReport, Fix};
 use crate::error::Result;
-use crate::format::header::{Autoclear, CompressionType, Header, Incompatible, field};
+use crate::format::header::{Autoclear, Header, Incompatible, field};
 use crate::format::refcount::RefcountOrder;
 use crate::host::File;
 use crate::host::Preallocation;
 use crate::host::local::SharedBuf;
 use crate::host::memory::{MemoryFile, MemoryHost};
-use crate::image::create::{CreateParams, format};
+use crate::image::create::{CreateParams, PLAIN, format};
 use crate::image::{Image, OpenFlags, OptionRequest};
 use crate::units::GuestOffset;
 
@@ -51,14 +51,9 @@ fn sample(refcount_order: u32) -> MemoryFile {
 fn sample_with(cluster_bits: u32, refcount_order: u32) -> MemoryFile {
     let file = MemoryFile::default();
     let params = CreateParams {
-        version: 3,
         cluster_bits,
         refcount_order: RefcountOrder::new(refcount_order).unwrap(),
-        lazy_refcounts: false,
-        compression: CompressionType::Zlib,
-        data_file: false,
-        data_file_raw: false,
-        extended_l2: false,
+        ..PLAIN
     };
     format(&file, &params, None).unwrap();
     let image = try_open(&file, false, true).unwrap();
@@ -533,14 +528,9 @@ proptest! {
 fn extended() -> (MemoryFile, u64) {
     let file = MemoryFile::default();
     let params = CreateParams {
-        version: 3,
         cluster_bits: 14,
-        refcount_order: RefcountOrder::BITS_16,
-        lazy_refcounts: false,
-        compression: CompressionType::Zlib,
-        data_file: false,
-        data_file_raw: false,
         extended_l2: true,
+        ..PLAIN
     };
     format(&file, &params, None).unwrap();
     let image = try_open(&file, false, true).unwrap();
