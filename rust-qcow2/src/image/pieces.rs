@@ -88,7 +88,7 @@ impl<H: Host> Image<H> {
         let len = piece.entries << bits;
         if cached.iter().any(Option::is_none) {
             if memory.as_ref().is_none_or(|memory| memory.len() < len) {
-                *memory = Some(self.host.aligned(len)?);
+                *memory = Some(self.host.scratch(len)?);
             }
             if let Some(memory) = memory {
                 self.host.event(Event::L2Load);
