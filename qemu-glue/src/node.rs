@@ -228,11 +228,25 @@ impl Node {
         self.is_present() && !self.failed.load(Ordering::Relaxed)
     }
 
-    /// The image could not be opened again after a migration.
+    /// The image could not be opened again, after a migration or in another
+    /// file.
     pub(crate) fn set_gone(&self) {
         self.failed.store(true, Ordering::Relaxed);
         self.gone.store(true, Ordering::Relaxed);
         self.image().leave_chain();
+    }
+
+    /// Whether it could not be opened again so far.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// An image that was gone was opened after all, and has taken the place of
+    /// the old one.
+    pub(crate) fn set_back(&self) {
+        if self.gone.swap(false, Ordering::Relaxed) {
+            self.failed.store(false, Ordering::Relaxed);
+        }
     }
 
     /// A panic was caught in a request.

@@ -21,7 +21,8 @@ struct Staged {
     flags: OpenFlags,
     request: OptionRequest,
     options: Options,
-    /// The node of the image file, only for comparison.
+    /// The node of the file that the image was opened in, only for comparison;
+    /// null where it is to be opened anew in any case.
     file: *const sys::BlockDriverState,
 }
 
@@ -62,6 +63,18 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
         let options = image.resolve_options(flags, &requested.options)?;
         let encrypt = SubDict::take((*state).options, c"encrypt.");
         check_format(encrypt.get(c"format").as_deref(), image.encryption())?;
+        let mut staged = Staged {
+            flags,
+            request: requested.options,
+            options,
+            file: (*(*bs).file).bs,
+        };
+        if node.is_gone() {
+            // Nothing in memory counts any more. What kept the image from being
+            // opened may be over.
+            staged.file = ptr::null();
+            return Ok(staged);
+        }
         let lazy_ends = image.options().lazy_refcounts && !options.lazy_refcounts;
         if !flags.writable {
             bitmaps::reopen_ro(bs, node)?;
@@ -89,12 +102,7 @@ unsafe fn stage(state: *mut sys::BDRVReopenState) -> Result<Staged> {
             stay_writable(bs);
             return Err(error);
         }
-        Ok(Staged {
-            flags,
-            request: requested.options,
-            options,
-            file: (*(*bs).file).bs,
-        })
+        Ok(staged)
     }
 }
 
@@ -140,8 +148,9 @@ pub(super) unsafe extern "C" fn commit(state: *mut sys::BDRVReopenState) {
     });
 }
 
-/// Opens the image in the file that a node got in place of the old one. What
-/// the old one held was written by [`prepare`].
+/// Opens the image in the file that a node got in place of the old one, or
+/// could not be opened in before. What the old one held was written by
+/// [`prepare`].
 ///
 /// # Safety
 /// Called in the commit callback of the node; it is drained.
@@ -156,6 +165,7 @@ unsafe fn open_other_file(bs: *mut sys::BlockDriverState, node: &Node, staged: &
             Ok(image) => {
                 publish(bs, &image);
                 node.replace_image(image);
+                node.set_back();
                 node.free_retired();
                 node.stop_timer();
                 node.start_timer(sys::bdrv_get_aio_context(bs));
