@@ -12,52 +12,41 @@ use crate::units::{GuestOffset, HostOffset};
 const MERGE_READ_MAX: u64 = 16 << 10;
 
 impl<H: Host> Image<H> {
-    /// Writes the data of new clusters, copied parts included. Returns whether
-    /// anything but the guest's own data had to be written.
-    pub(super) fn write_new(
+    /// Writes guest data to pieces that follow each other in the file, copied
+    /// parts at both ends included. Returns whether anything but the guest's own
+    /// data had to be written.
+    pub(super) fn write_pieces(
         &self,
-        piece: &Piece<'_, H>,
-        allocation: &Allocation<H>,
+        pieces: &[Piece<'_, H>],
         buf: GuestBuf<'_, H>,
         at: usize,
     ) -> Result<bool> {
-        let (start, end) = (allocation.written_start, allocation.written_end);
-        let host = allocation.host_of(start);
-        let head = piece.guest.0 - start.0;
-        let tail_at = piece.guest.add(piece.len);
-        let tail = end.0 - tail_at.0;
-        let len = piece.len as usize;
+        let [first, ..] = pieces else {
+            return Ok(false);
+        };
+        let last = pieces.last().unwrap_or(first);
+        let (head, tail) = (first.ends().0, last.ends().1);
+        let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
+        let len = bytes as usize;
         if head == 0 && tail == 0 {
-            self.write_data_guest(piece.guest, piece.host, buf, at, len)?;
+            self.write_data_guest(first.guest, first.host, buf, at, len)?;
             return Ok(false);
         }
-        let file = self.data_file()?;
-        // Zeroes go over the middle as well, where a read or a failure must not
-        // find them in the place of data that were there before.
-        if file.zeroes_fast()
-            && !allocation.over_data
-            && self.encryption.is_none()
-            && self.is_zero(start, head, false)?
-            && self.is_zero(tail_at, tail, false)?
-        {
-            self.host.event(Event::ClusterAllocSpace);
-            let flags = ZeroFlags {
-                may_unmap: false,
-                no_fallback: true,
-            };
-            match file.write_zeroes(host.0, head + piece.len + tail, flags) {
-                Ok(()) => {
-                    self.write_data_guest(piece.guest, piece.host, buf, at, len)?;
-                    return Ok(true);
-                }
-                Err(error) if [libc::ENOTSUP, libc::EAGAIN].contains(&error.code()) => {}
-                Err(error) => return Err(error),
-            }
+        let tail_at = first.guest.add(bytes);
+        if self.zero_ends(
+            pieces,
+            (GuestOffset(first.guest.0 - head), head),
+            (tail_at, tail),
+        )? {
+            self.write_data_guest(first.guest, first.host, buf, at, len)?;
+            return Ok(true);
         }
+        let start = GuestOffset(first.guest.0 - head);
+        let host = HostOffset(first.host.0 - head);
         self.host.event(Event::CowRead);
         let guest_part = Part::Guest { buf, at, len };
         let (head_len, tail_len) = (head as usize, tail as usize);
-        if head > 0 && tail > 0 && piece.len <= MERGE_READ_MAX {
+        if head > 0 && tail > 0 && bytes <= MERGE_READ_MAX {
             let mut whole = self.host.scratch(head_len + len + tail_len)?;
             self.read_bytes(start, &mut whole)?;
             let parts = [
@@ -78,6 +67,49 @@ impl<H: Host> Image<H> {
             let behind = parts.len() - usize::from(tail_len == 0);
             self.host.event(Event::CowWrite);
             self.write_data_parts(start, host, &parts[first..behind])?;
+        }
+        Ok(true)
+    }
+
+    /// Makes new clusters zeroes where what they hold beside the data of `pieces`
+    /// is known to be that, in `head` and `tail`, and that is the faster way.
+    /// Returns whether that was done.
+    fn zero_ends(
+        &self,
+        pieces: &[Piece<'_, H>],
+        head: (GuestOffset, u64),
+        tail: (GuestOffset, u64),
+    ) -> Result<bool> {
+        let file = self.data_file()?;
+        // Zeroes go over the data of the piece as well, where a read or a failure
+        // must not find them in the place of data that were there before.
+        let new = || {
+            let with_ends = pieces.iter().filter(|piece| piece.ends() != (0, 0));
+            with_ends.filter_map(|piece| piece.allocation.as_deref())
+        };
+        if !file.zeroes_fast()
+            || new().any(|allocation| allocation.over_data)
+            || self.encryption.is_some()
+            || !self.is_zero(head.0, head.1, false)?
+            || !self.is_zero(tail.0, tail.1, false)?
+        {
+            return Ok(false);
+        }
+        self.host.event(Event::ClusterAllocSpace);
+        let flags = ZeroFlags {
+            may_unmap: false,
+            no_fallback: true,
+        };
+        for allocation in new() {
+            let (start, end) = (allocation.written_start, allocation.written_end);
+            let host = allocation.host_of(start);
+            match file.write_zeroes(host.0, end.0 - start.0, flags) {
+                Ok(()) => {}
+                Err(error) if [libc::ENOTSUP, libc::EAGAIN].contains(&error.code()) => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
         }
         Ok(true)
     }

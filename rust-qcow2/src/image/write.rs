@@ -21,8 +21,44 @@ pub(super) struct Piece<'a, H: Host> {
     pub(super) guest: GuestOffset,
     pub(super) len: u64,
     pub(super) host: HostOffset,
-    allocation: Option<Arc<Allocation<H>>>,
+    pub(super) allocation: Option<Arc<Allocation<H>>>,
     token: Token<'a>,
+}
+
+impl<H: Host> Piece<'_, H> {
+    fn end(&self) -> GuestOffset {
+        self.guest.add(self.len)
+    }
+
+    /// What is written in the cluster of the first byte before it, and in that
+    /// of the last byte behind it.
+    pub(super) fn ends(&self) -> (u64, u64) {
+        self.allocation.as_ref().map_or((0, 0), |allocation| {
+            let head = self.guest.0 - allocation.written_start.0;
+            (head, allocation.written_end.0 - self.end().0)
+        })
+    }
+
+    /// Whether `next`, the piece behind this one, goes to the bytes behind it,
+    /// with nothing in between.
+    fn continues_in(&self, next: &Self) -> bool {
+        self.host.add(self.len) == next.host && self.ends().1 == 0 && next.ends().0 == 0
+    }
+}
+
+/// Pieces that follow each other in the file as well, and are written as one;
+/// and where the first one begins in the guest's memory.
+struct Batch<'a, H: Host> {
+    pieces: Vec<Piece<'a, H>>,
+    at: usize,
+}
+
+impl<H: Host> Batch<'_, H> {
+    fn takes(&self, next: &Piece<'_, H>) -> bool {
+        let len: u64 = self.pieces.iter().map(|piece| piece.len).sum();
+        let last = self.pieces.last();
+        len + next.len <= MAX_ALLOCATION && last.is_some_and(|last| last.continues_in(next))
+    }
 }
 
 impl<H: Host> Image<H> {
@@ -72,14 +108,22 @@ impl<H: Host> Image<H> {
         let mut failure = None;
         let mut after = None;
         while len > 0 && failure.is_none() {
-            let mut pieces = Vec::new();
+            let mut batches: Vec<Batch<'_, H>> = Vec::new();
+            let mut count = 0;
             let mut st = self.lock();
-            while len > 0 && pieces.len() < MAX_PIECES {
-                match self.plan(&mut st, guest, len, after, pieces.is_empty()) {
+            while len > 0 && count < MAX_PIECES {
+                match self.plan(&mut st, guest, len, after, batches.is_empty()) {
                     Ok(Some(piece)) => {
                         let done = piece.len;
                         after = Some(piece.host.add(done));
-                        pieces.push((piece, at));
+                        count += 1;
+                        match batches.last_mut().filter(|last| last.takes(&piece)) {
+                            Some(batch) => batch.pieces.push(piece),
+                            None => batches.push(Batch {
+                                pieces: vec![piece],
+                                at,
+                            }),
+                        }
                         guest = guest.add(done);
                         at += done as usize;
                         len -= done;
@@ -94,31 +138,27 @@ impl<H: Host> Image<H> {
                 }
             }
             drop(st);
-            let result = self.run_pieces(pieces, buf);
+            let result = self.run_batches(batches, buf);
             failure = failure.or(result.err());
         }
         failure.map_or(Ok(()), Err)
     }
 
-    fn run_pieces(
-        &self,
-        mut pieces: Vec<(Piece<'_, H>, usize)>,
-        buf: GuestBuf<'_, H>,
-    ) -> Result<()> {
-        if pieces.len() <= 1 {
-            return pieces
+    fn run_batches(&self, mut batches: Vec<Batch<'_, H>>, buf: GuestBuf<'_, H>) -> Result<()> {
+        if batches.len() <= 1 {
+            return batches
                 .pop()
-                .map_or(Ok(()), |(piece, at)| self.run_piece(piece, buf, at));
+                .map_or(Ok(()), |batch| self.run_batch(batch, buf));
         }
-        // Every piece has to run, even after a failure, to end its allocation:
+        // Every batch has to run, even after a failure, to end its allocations:
         // so the failure is kept aside.
         let failure = parking_lot::Mutex::new(None);
-        let tasks = pieces
+        let tasks = batches
             .into_iter()
-            .map(|(piece, at)| -> Task<'_> {
+            .map(|batch| -> Task<'_> {
                 let failure = &failure;
                 Box::new(move || {
-                    if let Err(error) = self.run_piece(piece, buf, at) {
+                    if let Err(error) = self.run_batch(batch, buf) {
                         failure.lock().get_or_insert(error);
                     }
                     Ok(())
@@ -283,14 +323,24 @@ impl<H: Host> Image<H> {
         Ok((host, count))
     }
 
-    fn run_piece(&self, piece: Piece<'_, H>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
-        let Some(allocation) = &piece.allocation else {
-            return self.write_data_guest(piece.guest, piece.host, buf, at, piece.len as usize);
-        };
-        let result = self.write_new(&piece, allocation, buf, at);
+    fn run_batch(&self, batch: Batch<'_, H>, buf: GuestBuf<'_, H>) -> Result<()> {
+        let Batch { pieces, at } = batch;
+        let result = self.write_pieces(&pieces, buf, at);
         // What this request frees need not wait for this request.
-        drop(piece.token);
-        self.end_allocation(&mut self.lock(), allocation, result, Marking::Written)
+        let allocations: Vec<_> = pieces
+            .into_iter()
+            .filter_map(|piece| piece.allocation)
+            .collect();
+        if allocations.is_empty() {
+            return result.map(drop);
+        }
+        let mut st = self.lock();
+        let mut outcome = result.clone().map(drop);
+        for allocation in &allocations {
+            let ended = self.end_allocation(&mut st, allocation, result.clone(), Marking::Written);
+            outcome = outcome.and(ended);
+        }
+        outcome
     }
 
     /// Gives an area, first byte and length, on host clusters; what shares a
