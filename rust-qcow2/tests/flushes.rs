@@ -1,8 +1,8 @@
-//! How often metadata are flushed.
+//! How often metadata are flushed, and how much of them.
 
 mod common;
 
-use common::{PLAIN, Shape, create, next_random, open, write};
+use common::{PLAIN, Shape, create, next_random, open, read, write};
 use rust_qcow2::host::memory::Event;
 use rust_qcow2::image::OptionRequest;
 
@@ -44,4 +44,42 @@ fn slices_make_room_without_a_flush_for_each() {
     // One for each would be 190.
     let flushes = flushes.count();
     assert!(flushes < 50, "{flushes}");
+}
+
+/// A guest that flushes after each write does not write whole slices for it.
+#[test]
+fn of_a_slice_is_written_what_changed() {
+    let cluster = 65536u64;
+    let shape = Shape {
+        cluster_bits: cluster.trailing_zeros(),
+        ..PLAIN
+    };
+    let file = create(shape, 8192 * cluster);
+    let options = OptionRequest {
+        l2_cache_entry_size: Some(cluster),
+        ..OptionRequest::default()
+    };
+    let image = open(&file, None, &options);
+    let data = vec![1; cluster as usize];
+    write(&image, 0, &data).unwrap();
+    image.flush().unwrap();
+    let _ = file.take_events();
+
+    let lengths = |guest: u64| {
+        write(&image, guest, &data).unwrap();
+        image.flush().unwrap();
+        let events = file.take_events();
+        let lengths = events.iter().filter_map(|event| match event {
+            Event::Write(_, bytes) => Some(bytes.len() as u64),
+            _ => None,
+        });
+        lengths.collect::<Vec<_>>()
+    };
+    // Data, refcounts, and entries: of one block, and of one anywhere else.
+    assert_eq!(lengths(cluster), [cluster, cluster, 4096]);
+    assert_eq!(lengths(8000 * cluster), [cluster, cluster, 4096]);
+    let after = open(&file, None, &options);
+    for guest in [0, cluster, 8000 * cluster] {
+        assert_eq!(read(&after, guest, data.len()), data);
+    }
 }

@@ -199,8 +199,7 @@ impl L2Cache {
         self.mark_dirty(slice);
     }
 
-    /// Notes that the slice has to be written.
-    pub fn mark_dirty(&self, slice: &Arc<L2Slice>) {
+    fn mark_dirty(&self, slice: &Arc<L2Slice>) {
         if !slice.dirty.swap(true, Ordering::Relaxed) {
             self.inner.lock().dirty.push(Arc::clone(slice));
         }
@@ -208,7 +207,7 @@ impl L2Cache {
 
     /// Notes that the slice was written.
     pub fn mark_clean(&self, slice: &Arc<L2Slice>) {
-        slice.dirty.store(false, Ordering::Relaxed);
+        slice.set_clean();
         self.inner
             .lock()
             .dirty
@@ -378,7 +377,7 @@ mod tests {
             panic!("both are dirty")
         };
         let mut bytes = [0; 4096];
-        victim.to_bytes(&mut bytes);
+        victim.to_bytes(0, &mut bytes);
         assert_eq!(bytes[31], 1);
         cache.mark_clean(&victim);
         assert!(matches!(cache.make_room(), Room::Free));

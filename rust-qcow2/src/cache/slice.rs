@@ -29,7 +29,8 @@
 //!
 //! In a file the 16 bytes lie in one sector, as tables and slices are aligned.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use crate::format::entry::L2Entry;
 use crate::format::subclusters::ClusterEntry;
@@ -37,6 +38,9 @@ use crate::units::HostOffset;
 
 /// How often a reader tries to see an extended entry between two changes.
 const TRIES: usize = 16;
+
+/// Slices are written in whole blocks of so many bytes: what direct I/O wants.
+const BLOCK: usize = 4096;
 
 /// A part of an L2 table, in memory.
 pub struct L2Slice {
@@ -48,6 +52,10 @@ pub struct L2Slice {
     /// between.
     changes: AtomicU64,
     pub(super) dirty: AtomicBool,
+    /// The first byte that was changed since the slice was written, and the end
+    /// of the last one. Of no concern but to the holder of the metadata lock.
+    changed_from: AtomicUsize,
+    changed_to: AtomicUsize,
     /// Looked up since the hand of the clock passed.
     pub(super) used: AtomicBool,
     /// Looked up since the last cleaning.
@@ -73,6 +81,8 @@ impl L2Slice {
             extended,
             changes: AtomicU64::new(0),
             dirty: AtomicBool::new(false),
+            changed_from: AtomicUsize::new(usize::MAX),
+            changed_to: AtomicUsize::new(0),
             used: AtomicBool::new(false),
             recent: AtomicBool::new(true),
         }
@@ -152,6 +162,10 @@ impl L2Slice {
 
     /// Changes an entry; the caller is the only one who does.
     pub(super) fn set(&self, index: usize, new: ClusterEntry) {
+        let size = 8 << u32::from(self.extended);
+        let (from, to) = (index * size, (index + 1) * size);
+        self.changed_from.fetch_min(from, Ordering::Relaxed);
+        self.changed_to.fetch_max(to, Ordering::Relaxed);
         if !self.extended {
             self.words[index].store(new.entry.0, Ordering::SeqCst);
             return;
@@ -171,9 +185,26 @@ impl L2Slice {
         self.dirty.load(Ordering::Relaxed)
     }
 
-    /// The slice as it is in the file. `out` has the length of the slice.
-    pub fn to_bytes(&self, out: &mut [u8]) {
-        for (bytes, word) in out.chunks_exact_mut(8).zip(&self.words) {
+    /// Notes that the file has the slice as it is here.
+    pub(super) fn set_clean(&self) {
+        self.dirty.store(false, Ordering::Relaxed);
+        self.changed_from.store(usize::MAX, Ordering::Relaxed);
+        self.changed_to.store(0, Ordering::Relaxed);
+    }
+
+    /// The part of the slice that the file has not as it is here, in whole
+    /// blocks: in bytes from the begin of the slice.
+    #[must_use]
+    pub fn changed(&self) -> Range<usize> {
+        let to = self.changed_to.load(Ordering::Relaxed);
+        let from = self.changed_from.load(Ordering::Relaxed).min(to);
+        let end = to.next_multiple_of(BLOCK).min(self.bytes());
+        from - from % BLOCK..end
+    }
+
+    /// The slice from byte `from` on as it is in the file.
+    pub fn to_bytes(&self, from: usize, out: &mut [u8]) {
+        for (bytes, word) in out.chunks_exact_mut(8).zip(&self.words[from / 8..]) {
             bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
         }
     }
@@ -194,8 +225,33 @@ mod tests {
         assert_eq!(entry.subclusters.0, 0x1818_1a1a_1c1c_1e1e);
         assert_eq!(slice.try_get(1), Some(entry));
         let mut out = vec![0; 64];
-        slice.to_bytes(&mut out);
+        slice.to_bytes(0, &mut out);
         assert_eq!(out, bytes);
+        slice.to_bytes(48, &mut out[..16]);
+        assert_eq!(out[..16], bytes[48..]);
+    }
+
+    #[test]
+    fn changes_are_written_in_blocks() {
+        for extended in [false, true] {
+            let slice = L2Slice::from_bytes(HostOffset(0), &[0; 16384], extended);
+            let per_block = BLOCK / if extended { 16 } else { 8 };
+            assert!(slice.changed().is_empty());
+            slice.set(per_block, ClusterEntry::UNALLOCATED);
+            assert_eq!(slice.changed(), BLOCK..2 * BLOCK);
+            slice.set(3 * per_block - 1, ClusterEntry::UNALLOCATED);
+            assert_eq!(slice.changed(), BLOCK..3 * BLOCK);
+            slice.set(per_block - 1, ClusterEntry::UNALLOCATED);
+            assert_eq!(slice.changed(), 0..3 * BLOCK);
+            slice.set_clean();
+            assert!(slice.changed().is_empty());
+            slice.set(4 * per_block - 1, ClusterEntry::UNALLOCATED);
+            assert_eq!(slice.changed(), 3 * BLOCK..4 * BLOCK);
+        }
+        // As long as a block, or shorter.
+        let slice = L2Slice::from_bytes(HostOffset(0), &[0; 512], false);
+        slice.set(63, ClusterEntry::UNALLOCATED);
+        assert_eq!(slice.changed(), 0..512);
     }
 
     /// One thread changes both words of some entries as fast as it can, others

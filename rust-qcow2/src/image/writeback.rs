@@ -228,12 +228,14 @@ impl<H: Host> Image<H> {
         if !slice.is_dirty() {
             return Ok(());
         }
-        let len = slice.bytes();
-        self.ensure_no_overlap(st, MetadataKind::ACTIVE_L2, slice.offset().0, len as u64)?;
-        let mut bytes = self.host.scratch(len)?;
-        slice.to_bytes(&mut bytes);
+        // A flush after each small write would write long slices over and over.
+        let changed = slice.changed();
+        let offset = slice.offset().add(changed.start as u64);
+        self.ensure_no_overlap(st, MetadataKind::ACTIVE_L2, offset.0, changed.len() as u64)?;
+        let mut bytes = self.host.scratch(changed.len())?;
+        slice.to_bytes(changed.start, &mut bytes);
         self.host.event(Event::L2Update);
-        self.host.file().write(slice.offset().0, &bytes)?;
+        self.host.file().write(offset.0, &bytes)?;
         self.l2.mark_clean(slice);
         Ok(())
     }
