@@ -68,6 +68,8 @@ def one_image(bench):
                      write=True, fresh=True),
             Requests('4 KiB random write, copy-on-write, QD 1', BLOCK, 1, 8000 // few,
                      write=True, fresh=True, base=True),
+            Requests('256 KiB sequential write, allocating, QD 1', 256 << 10, 1, 4096 // few,
+                     write=True, fresh=True),
             Requests('1 MiB sequential read', 1 << 20, 1, 2048 // few),
             Requests('1 MiB sequential write', 1 << 20, 1, 1024 // few, write=True)):
         case.prepare(workspace, bench.stock)
