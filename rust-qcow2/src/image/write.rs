@@ -46,19 +46,12 @@ impl<H: Host> Piece<'_, H> {
     }
 }
 
-/// Pieces that follow each other in the file as well, and are written as one;
-/// and where the first one begins in the guest's memory.
-struct Batch<'a, H: Host> {
-    pieces: Vec<Piece<'a, H>>,
-    at: usize,
-}
-
-impl<H: Host> Batch<'_, H> {
-    fn takes(&self, next: &Piece<'_, H>) -> bool {
-        let len: u64 = self.pieces.iter().map(|piece| piece.len).sum();
-        let last = self.pieces.last();
-        len + next.len <= MAX_ALLOCATION && last.is_some_and(|last| last.continues_in(next))
-    }
+/// Whether `next` follows the pieces of a batch in the file as well, and can be
+/// written with them.
+fn takes<H: Host>(batch: &[Piece<'_, H>], next: &Piece<'_, H>) -> bool {
+    let len: u64 = batch.iter().map(|piece| piece.len).sum();
+    let last = batch.last();
+    len + next.len <= MAX_ALLOCATION && last.is_some_and(|last| last.continues_in(next))
 }
 
 impl<H: Host> Image<H> {
@@ -108,22 +101,15 @@ impl<H: Host> Image<H> {
         let mut failure = None;
         let mut after = None;
         while len > 0 && failure.is_none() {
-            let mut batches: Vec<Batch<'_, H>> = Vec::new();
-            let mut count = 0;
+            let mut pieces = Vec::new();
+            let begin = at;
             let mut st = self.lock();
-            while len > 0 && count < MAX_PIECES {
-                match self.plan(&mut st, guest, len, after, batches.is_empty()) {
+            while len > 0 && pieces.len() < MAX_PIECES {
+                match self.plan(&mut st, guest, len, after, pieces.is_empty()) {
                     Ok(Some(piece)) => {
                         let done = piece.len;
                         after = Some(piece.host.add(done));
-                        count += 1;
-                        match batches.last_mut().filter(|last| last.takes(&piece)) {
-                            Some(batch) => batch.pieces.push(piece),
-                            None => batches.push(Batch {
-                                pieces: vec![piece],
-                                at,
-                            }),
-                        }
+                        pieces.push(piece);
                         guest = guest.add(done);
                         at += done as usize;
                         len -= done;
@@ -138,27 +124,36 @@ impl<H: Host> Image<H> {
                 }
             }
             drop(st);
-            let result = self.run_batches(batches, buf);
+            let result = self.run_pieces(pieces, buf, begin);
             failure = failure.or(result.err());
         }
         failure.map_or(Ok(()), Err)
     }
 
-    fn run_batches(&self, mut batches: Vec<Batch<'_, H>>, buf: GuestBuf<'_, H>) -> Result<()> {
-        if batches.len() <= 1 {
-            return batches
-                .pop()
-                .map_or(Ok(()), |batch| self.run_batch(batch, buf));
+    /// Writes pieces that follow each other in the guest's memory from `at` on.
+    fn run_pieces(&self, pieces: Vec<Piece<'_, H>>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
+        if pieces.len() <= 1 {
+            return self.run_batch(pieces, buf, at);
+        }
+        let mut batches: Vec<Vec<Piece<'_, H>>> = Vec::new();
+        for piece in pieces {
+            match batches.last_mut().filter(|batch| takes(batch, &piece)) {
+                Some(batch) => batch.push(piece),
+                None => batches.push(vec![piece]),
+            }
         }
         // Every batch has to run, even after a failure, to end its allocations:
         // so the failure is kept aside.
         let failure = parking_lot::Mutex::new(None);
+        let mut next = at;
         let tasks = batches
             .into_iter()
             .map(|batch| -> Task<'_> {
                 let failure = &failure;
+                let at = next;
+                next += batch.iter().map(|piece| piece.len as usize).sum::<usize>();
                 Box::new(move || {
-                    if let Err(error) = self.run_batch(batch, buf) {
+                    if let Err(error) = self.run_batch(batch, buf, at) {
                         failure.lock().get_or_insert(error);
                     }
                     Ok(())
@@ -323,8 +318,8 @@ impl<H: Host> Image<H> {
         Ok((host, count))
     }
 
-    fn run_batch(&self, batch: Batch<'_, H>, buf: GuestBuf<'_, H>) -> Result<()> {
-        let Batch { pieces, at } = batch;
+    /// Writes pieces that follow each other in the file as well.
+    fn run_batch(&self, pieces: Vec<Piece<'_, H>>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
         let result = self.write_pieces(&pieces, buf, at);
         // What this request frees need not wait for this request.
         let allocations: Vec<_> = pieces
