@@ -16,7 +16,7 @@ use crate::crypto;
 use crate::error::{self, ErrorPtr, caught};
 use crate::host::Qemu;
 use crate::node::{Access, Node};
-use crate::options::{name, text};
+use crate::options::name;
 use crate::panic::contain;
 use crate::sys;
 
@@ -96,14 +96,11 @@ impl Wanted {
         // SAFETY: promised by the caller.
         unsafe {
             let given = |name: &CStr| !sys::qemu_opt_find(opts, name.as_ptr()).is_null();
-            let word = |name: &CStr| {
-                let value = given(name).then(|| text(sys::qemu_opt_get(opts, name.as_ptr())));
+            let value = |key: &CStr| {
+                let value = given(key).then(|| name(sys::qemu_opt_get(opts, key.as_ptr())));
                 value.flatten()
             };
-            let bytes = |key: &CStr| {
-                let value = given(key).then(|| name(sys::qemu_opt_get(opts, key.as_ptr())));
-                value.flatten().map(|value| value.to_bytes().to_vec())
-            };
+            let bytes = |key| value(key).map(|value| value.to_bytes().to_vec());
             let switch = |name: &CStr, default| {
                 given(name).then(|| sys::qemu_opt_get_bool(opts, name.as_ptr(), default))
             };
@@ -121,7 +118,7 @@ impl Wanted {
                 }
                 _ => {}
             }
-            let version = match word(c"compat").as_deref() {
+            let version = match value(c"compat").map(CStr::to_string_lossy).as_deref() {
                 None => info.version,
                 Some("0.10" | "v2") => 2,
                 Some("1.1" | "v3") => 3,
