@@ -18,6 +18,7 @@ mod crypto;
 mod driver;
 mod error;
 mod host;
+mod lineage;
 mod lock;
 mod node;
 mod options;

@@ -13,6 +13,7 @@ use crate::cleaner::Cleaner;
 use crate::driver;
 use crate::error::{code, report_text};
 use crate::host::Qemu;
+use crate::lineage::Lineage;
 use crate::panic::catch;
 use crate::sys;
 
@@ -23,6 +24,7 @@ pub(crate) type Slot = *mut Node;
 /// One open node. Requests in several threads share it.
 pub(crate) struct Node {
     bs: *mut sys::BlockDriverState,
+    lineage: Lineage,
     /// The image, from an `Arc`. It is exchanged when the node is reactivated.
     image: AtomicPtr<Image<Qemu>>,
     /// Images that were exchanged. A request may still hold a reference, so
@@ -55,9 +57,14 @@ impl Node {
     ///
     /// # Safety
     /// Called at the end of the driver's open callback for `bs`.
-    pub(crate) unsafe fn install(bs: *mut sys::BlockDriverState, image: Image<Qemu>) {
+    pub(crate) unsafe fn install(
+        bs: *mut sys::BlockDriverState,
+        lineage: Lineage,
+        image: Image<Qemu>,
+    ) {
         let node = Box::new(Self {
             bs,
+            lineage,
             image: AtomicPtr::new(Arc::into_raw(Arc::new(image)).cast_mut()),
             retired: Mutex::new(Vec::new()),
             failed: AtomicBool::new(false),
@@ -146,6 +153,11 @@ impl Node {
             }
         }
         false
+    }
+
+    /// Where it was opened.
+    pub(crate) fn lineage(&self) -> &Lineage {
+        &self.lineage
     }
 
     /// The image.

@@ -10,6 +10,7 @@ use super::bitmaps;
 use crate::coroutine;
 use crate::error::{self, ErrorPtr, check, code};
 use crate::host::Qemu;
+use crate::lineage::Lineage;
 use crate::node::{Access, Node, open_flags};
 use crate::options::Requested;
 use crate::panic::{catch, contain};
@@ -77,6 +78,7 @@ unsafe fn open_node(
 ) -> Result<()> {
     // SAFETY: promised by the caller; `Qemu` is only used in coroutines.
     unsafe {
+        let lineage = Lineage::of(bs)?;
         let requested = Requested::take(options)?;
         if flags.no_io {
             Requested::drop_data_file(options);
@@ -88,7 +90,7 @@ unsafe fn open_node(
         if !flags.inactive {
             bitmaps::load(bs, &image)?;
         }
-        Node::install(bs, image);
+        Node::install(bs, lineage, image);
         if let Some(node) = Node::of(bs) {
             node.start_timer(sys::bdrv_get_aio_context(bs));
         }
