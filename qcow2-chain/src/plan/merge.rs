@@ -16,8 +16,9 @@ pub struct Group {
     pub all: Segments,
     /// What all but the lowest decide.
     uppers: Segments,
-    /// Bytes of data of the topmost one.
+    /// Bytes of data and of zeroes of the topmost one.
     top_bytes: u64,
+    top_zero_bytes: u64,
     /// Bytes of the disks of the topmost, the lowest, and the smallest one.
     size: u64,
     lowest_size: u64,
@@ -37,6 +38,7 @@ impl Group {
             top: depth,
             bottom: depth,
             top_bytes: layer.data_bytes(),
+            top_zero_bytes: layer.zero_bytes(),
             all: layer,
             uppers: Segments::default(),
             size,
@@ -73,6 +75,12 @@ impl Group {
     /// Bytes that are copied when everything goes into the topmost layer.
     pub fn stream_bytes(&self) -> u64 {
         self.kept(Method::Stream).data_bytes() - self.top_bytes
+    }
+
+    /// Bytes of zeroes that the topmost layer gets besides, as zero clusters.
+    pub fn stream_zero_bytes(&self) -> u64 {
+        let kept = self.kept(Method::Stream).zero_bytes();
+        kept.saturating_sub(self.top_zero_bytes)
     }
 
     /// What the layer has that stays.
@@ -117,6 +125,7 @@ impl Group {
             all: seen(&below.all),
             uppers: seen(&below.uppers),
             top_bytes: self.top_bytes,
+            top_zero_bytes: self.top_zero_bytes,
             size: self.size,
             lowest_size: below.lowest_size,
             smallest: self.smallest.min(below.smallest),

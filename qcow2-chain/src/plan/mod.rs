@@ -68,6 +68,10 @@ struct Merge {
     /// Everything goes into the lowest layer, or into the topmost one.
     method: &'static str,
     bytes: u64,
+    /// Zeroes that are not among them. A job or a commit makes zero clusters of
+    /// them; `qemu-img rebase` writes them as data, but for what the new backing
+    /// file has of them.
+    zero_bytes: u64,
     /// The depth of the layer that stays.
     #[serde(skip)]
     kept: usize,
@@ -219,9 +223,11 @@ fn report(
             continue;
         }
         let method = group.method(args.method).unwrap_or(Method::Stream);
-        let (into, bytes) = match method {
-            Method::Stream => (group.top, group.stream_bytes()),
-            _ => (group.bottom, group.commit_bytes()),
+        let (into, bytes, zero_bytes) = match method {
+            // Without a backing file there is nothing for zeroes to hide.
+            Method::Stream if below.is_none() => (group.top, group.stream_bytes(), 0),
+            Method::Stream => (group.top, group.stream_bytes(), group.stream_zero_bytes()),
+            _ => (group.bottom, group.commit_bytes(), 0),
         };
         let dropped: Vec<_> = (group.top..=group.bottom).filter(|d| *d != into).collect();
         let cluster = |depth: usize| chain.layers[depth].qcow2().map_or(0, |q| q.cluster_size);
@@ -242,6 +248,7 @@ fn report(
                 _ => "commit",
             },
             bytes,
+            zero_bytes,
             kept: into,
             into: file(into),
             dropped: dropped.into_iter().map(file).collect(),
@@ -359,6 +366,13 @@ fn print(report: &Report) -> Result<()> {
             printable(&merge.into),
             bytes(merge.bytes)
         )?;
+        if merge.zero_bytes > 0 {
+            writeln!(
+                out,
+                "  by qemu-img also zeroes are written as data: up to {}",
+                bytes(merge.zero_bytes)
+            )?;
+        }
         let (first, last) = (merge.dropped.first(), merge.dropped.last());
         if let (Some(first), Some(last)) = (first, last) {
             let (first, last) = (printable(first), printable(last));

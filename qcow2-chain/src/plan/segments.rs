@@ -36,8 +36,17 @@ impl Segments {
 
     /// Bytes of data.
     pub fn data_bytes(&self) -> u64 {
-        let data = self.0.iter().filter(|segment| segment.data);
-        data.map(|segment| segment.end - segment.start).sum()
+        self.bytes(true)
+    }
+
+    /// Bytes of zeroes.
+    pub fn zero_bytes(&self) -> u64 {
+        self.bytes(false)
+    }
+
+    fn bytes(&self, data: bool) -> u64 {
+        let those = self.0.iter().filter(|segment| segment.data == data);
+        those.map(|segment| segment.end - segment.start).sum()
     }
 
     /// The same for an image that has no zero clusters: data instead.
