@@ -175,6 +175,16 @@ impl L2Cache {
         Room::Free
     }
 
+    /// How many slices can come in before others have to go for them, here or
+    /// with whom the memory is shared.
+    #[must_use]
+    pub fn spare_slices(&self) -> usize {
+        let inner = self.inner.lock();
+        let memory = inner.pool.limit().saturating_sub(inner.pool.used());
+        let slots = inner.capacity.saturating_sub(inner.slots.len());
+        slots.min(memory / inner.slice_size)
+    }
+
     /// Adds a slice. One that is already here under that offset is replaced.
     pub fn insert(&self, slice: L2Slice) -> Arc<L2Slice> {
         let slice = Arc::new(slice);

@@ -22,6 +22,15 @@ pub enum Event {
     Truncate(u64),
 }
 
+/// How much was read of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reads {
+    /// Requests.
+    pub count: u64,
+    /// Bytes of all of them.
+    pub bytes: u64,
+}
+
 /// No file in memory gets longer than this.
 const MAX_LENGTH: u64 = 256 << 20;
 
@@ -33,6 +42,7 @@ struct Inner {
     good: usize,
     /// How many fail then.
     bad: usize,
+    reads: Reads,
     /// Reads fail.
     unreadable: bool,
     /// Zeroes are written fast.
@@ -63,6 +73,12 @@ impl MemoryFile {
     #[must_use]
     pub fn take_events(&self) -> Vec<Event> {
         std::mem::take(&mut self.0.lock().events)
+    }
+
+    /// How much was read since the last call.
+    #[must_use]
+    pub fn take_reads(&self) -> Reads {
+        std::mem::take(&mut self.0.lock().reads)
     }
 
     /// Makes every write and flush after the next `count` fail with `EIO`;
@@ -127,10 +143,12 @@ impl super::File for MemoryFile {
     type Buf<'a> = SharedBuf<'a>;
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let inner = self.0.lock();
+        let mut inner = self.0.lock();
         if inner.unreadable {
             return Err(Error::errno(libc::EIO));
         }
+        inner.reads.count += 1;
+        inner.reads.bytes += buf.len() as u64;
         let start = (offset.min(inner.bytes.len() as u64)) as usize;
         let len = buf.len().min(inner.bytes.len() - start);
         buf[..len].copy_from_slice(&inner.bytes[start..start + len]);

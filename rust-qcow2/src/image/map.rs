@@ -229,15 +229,50 @@ impl<H: Host> Image<H> {
         while let Room::Dirty(victim) = self.l2.make_room() {
             self.write_victim(st, &victim)?;
         }
+        let count = self.slices_to_load(guest, table, offset);
         // Not new memory: what is aligned and let go again among the slices that
         // stay leaves holes that are as large as they are.
-        let mut bytes = self.host.scratch(slice_size)?;
+        let mut bytes = self.host.scratch(slice_size * count)?;
         self.host.event(Event::L2Load);
         self.host.file().read(offset.0, &mut bytes)?;
         let extended = self.geometry.has_subclusters();
-        Ok(self
+        let (wanted, others) = bytes.split_at(slice_size);
+        let wanted = self
             .l2
-            .insert(L2Slice::from_bytes(offset, &bytes, extended)))
+            .insert(L2Slice::from_bytes(offset, wanted, extended));
+        for (other, number) in others.chunks_exact(slice_size).zip(1..) {
+            let at = offset.add(number * slice_size as u64);
+            self.l2.insert(L2Slice::from_bytes(at, other, extended));
+        }
+        Ok(wanted)
+    }
+
+    /// How many slices to read where that at `offset` of a table is needed: it
+    /// alone, or, as in a scan of the disk, which comes from the slice before it,
+    /// those that follow in the table as well, while nothing has to go for them.
+    fn slices_to_load(&self, guest: GuestOffset, table: HostOffset, offset: HostOffset) -> usize {
+        let slice_size = self.l2.slice_size() as u64;
+        let end = table.add(self.geometry.cluster_size());
+        let before = if offset == table {
+            let index = self.geometry.l1_index(guest).checked_sub(1);
+            index
+                .and_then(|index| self.l1.get(index).table())
+                .map(|table| table.0 + self.geometry.cluster_size())
+        } else {
+            Some(offset.0)
+        };
+        let known = |end: u64| self.l2.peek(HostOffset(end - slice_size)).is_some();
+        if !before.is_some_and(known) {
+            return 1;
+        }
+        // What is here may be newer than the file.
+        let missing = (offset.0..end.0)
+            .step_by(slice_size as usize)
+            .skip(1)
+            .take_while(|at| self.l2.peek(HostOffset(*at)).is_none());
+        1 + missing
+            .take(self.l2.spare_slices().saturating_sub(1))
+            .count()
     }
 
     /// The entry for `guest` for reading, `None` where there is no L2 table.
