@@ -4,6 +4,7 @@ mod common;
 
 use common::{PLAIN, Shape, WRITABLE, create, open, read, write};
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
+use rust_qcow2::image::snapshots::NewSnapshot;
 use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
 
 /// A cluster, and an L2 table.
@@ -68,4 +69,36 @@ fn a_single_lookup_reads_a_single_slice() {
         assert_eq!(read(&image, table * SPAN + SLICE_SPAN, 512), [0; 512]);
     }
     assert_eq!(file.take_reads().bytes, TABLES * 4096);
+}
+
+/// Operations on snapshots go through the tables several times, and read them
+/// once.
+#[test]
+fn snapshots_read_tables_once() {
+    let file = scattered();
+    let most = (TABLES + 4) * CLUSTER;
+    let bytes_of = |operation: &dyn Fn(&common::TestImage)| {
+        let image = open(&file, None, &OptionRequest::default());
+        let _ = file.take_reads();
+        operation(&image);
+        let reads = file.take_reads();
+        image.inactivate().unwrap();
+        reads.bytes
+    };
+    let created = bytes_of(&|image| {
+        image
+            .create_snapshot(&NewSnapshot {
+                name: b"one".to_vec(),
+                ..NewSnapshot::default()
+            })
+            .unwrap();
+    });
+    assert!(created < most, "{created}");
+    let applied = bytes_of(&|image| {
+        let held = image.hold_snapshot(b"one").unwrap();
+        image.apply_snapshot(held).unwrap();
+    });
+    assert!(applied < most, "{applied}");
+    let deleted = bytes_of(&|image| image.delete_snapshot(None, Some(b"one")).unwrap());
+    assert!(deleted < most, "{deleted}");
 }

@@ -1,10 +1,13 @@
 //! What an L1 table refers to: counting it, and the copied flags.
 //!
-//! Everything here reads and writes tables in the file itself: there are no
-//! dirty slices when it begins, and none of a table that is written after.
+//! Everything here reads and writes whole tables, in the file itself: there are
+//! no dirty slices when it begins, and none of a table that is written after.
+//! As tables are read several times, they are kept in the cache, as far as there
+//! is room.
 
 use super::super::refcounts::{Change, Reason};
 use super::super::{Image, StateGuard};
+use crate::cache::l2::L2Slice;
 use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, MetadataKind, OFFSET_MASK};
 use crate::format::snapshots::Snapshot;
@@ -233,11 +236,41 @@ impl<H: Host> Image<H> {
         Ok(Some(table))
     }
 
-    /// Reads an L2 table from the file.
+    /// Reads an L2 table as it is in the file.
     pub(in crate::image) fn read_l2(&self, table: HostOffset, bytes: &mut [u8]) -> Result<()> {
         self.ensure_usable()?;
+        if self.read_cached_l2(table, bytes) {
+            return Ok(());
+        }
         self.host.event(Event::L2Load);
-        self.host.file().read(table.0, bytes)
+        self.host.file().read(table.0, bytes)?;
+        self.keep_l2(table, bytes);
+        Ok(())
+    }
+
+    /// Reads an L2 table from the cache; `false` where not all of it is there.
+    fn read_cached_l2(&self, table: HostOffset, bytes: &mut [u8]) -> bool {
+        let size = self.l2.slice_size();
+        for (part, number) in bytes.chunks_exact_mut(size).zip(0..) {
+            let Some(slice) = self.l2.peek(table.add(number * size as u64)) else {
+                return false;
+            };
+            slice.to_bytes(0, part);
+        }
+        true
+    }
+
+    /// Leaves an L2 table of the file in the cache, if nothing has to go for it.
+    fn keep_l2(&self, table: HostOffset, bytes: &[u8]) {
+        let size = self.l2.slice_size();
+        if self.l2.spare_slices() < bytes.len() / size {
+            return;
+        }
+        let extended = self.geometry.has_subclusters();
+        for (part, number) in bytes.chunks_exact(size).zip(0..) {
+            let at = table.add(number * size as u64);
+            self.l2.insert(L2Slice::from_bytes(at, part, extended));
+        }
     }
 
     /// Writes an L2 table to the file, of the disk or of snapshots.
@@ -250,9 +283,10 @@ impl<H: Host> Image<H> {
         // It may be the table of the disk and of snapshots at the same time.
         let kinds = MetadataKind::ACTIVE_L2 | MetadataKind::INACTIVE_L2;
         self.ensure_no_overlap(st, kinds, table.0, bytes.len() as u64)?;
+        self.l2.discard(table, bytes.len() as u64);
         self.host.event(Event::L2Update);
         self.host.file().write(table.0, bytes)?;
-        self.l2.discard(table, bytes.len() as u64);
+        self.keep_l2(table, bytes);
         Ok(())
     }
 
