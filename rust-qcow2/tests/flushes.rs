@@ -3,8 +3,10 @@
 mod common;
 
 use common::{PLAIN, Shape, create, next_random, open, read, write};
-use rust_qcow2::host::memory::Event;
+use rust_qcow2::host::ZeroFlags;
+use rust_qcow2::host::memory::{Event, MemoryFile};
 use rust_qcow2::image::OptionRequest;
+use rust_qcow2::units::GuestOffset;
 
 /// A cluster, and an L2 slice: all of its table.
 const CLUSTER: u64 = 4096;
@@ -81,5 +83,39 @@ fn of_a_slice_is_written_what_changed() {
     let after = open(&file, None, &options);
     for guest in [0, cluster, 8000 * cluster] {
         assert_eq!(read(&after, guest, data.len()), data);
+    }
+}
+
+/// Of the tables that have no clusters of zeroes any more many are written after
+/// one flush.
+#[test]
+fn a_downgrade_flushes_for_many_tables() {
+    let shape = Shape {
+        cluster_bits: CLUSTER.trailing_zeros(),
+        ..PLAIN
+    };
+    let file = create(shape, TABLES * SPAN);
+    let backing = MemoryFile::new(vec![7; (TABLES * SPAN) as usize]);
+    let options = OptionRequest::default();
+    let image = open(&file, Some(&backing), &options);
+    for table in 0..TABLES {
+        let start = GuestOffset(table * SPAN);
+        image
+            .write_zeroes(start, CLUSTER, ZeroFlags::default())
+            .unwrap();
+    }
+    image.flush().unwrap();
+    let _ = file.take_events();
+
+    image.downgrade(&mut |_, _| ()).unwrap();
+    let events = file.take_events();
+    let flushes = events.iter().filter(|event| **event == Event::Flush);
+    // One for each table would be 64.
+    let flushes = flushes.count();
+    assert!(flushes < 8, "{flushes}");
+    let after = open(&file, Some(&backing), &options);
+    for table in 0..TABLES {
+        let expected = [[0; 512], [7; 512]].concat();
+        assert_eq!(read(&after, table * SPAN + CLUSTER - 512, 1024), expected);
     }
 }

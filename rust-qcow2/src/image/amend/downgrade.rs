@@ -8,8 +8,13 @@ use crate::error::{Error, Result};
 use crate::format::entry::{L2Entry, Mapping, MetadataKind};
 use crate::format::header::{Autoclear, Compatible, Incompatible, V2_LENGTH};
 use crate::format::refcount::RefcountOrder;
+use crate::format::snapshots::Snapshot;
 use crate::host::{File, Host, ZeroFlags};
 use crate::units::{GuestOffset, HostOffset};
+
+/// Bytes of L2 tables that are written together, so that there is no flush for
+/// each of them.
+const BATCH: usize = 1 << 20;
 
 impl<H: Host> Image<H> {
     /// Makes an image of version 3 one of version 2. The file is complete
@@ -105,20 +110,36 @@ impl<H: Host> Image<H> {
     fn expand_zeroes(&self, st: &mut StateGuard<'_, H>, tell: Progress<'_>) -> Result<bool> {
         let snapshots = self.snapshots();
         let active = self.l1.to_vec();
-        let total = active.len() as u64
-            + snapshots
-                .iter()
-                .map(|snapshot| u64::from(snapshot.l1_size))
-                .sum::<u64>();
         let backed = self.host.backing().is_some() || self.shared.read().backing_file.is_some();
         let mut expansion = Expansion {
             backed,
             packed: false,
+            tables: Vec::new(),
+            unused: Vec::new(),
         };
+        let expanded = self.expand_tables(st, &active, &snapshots, &mut expansion, tell);
+        // What was allocated is needed as far as the tables can be written.
+        let written = self.write_expanded(st, &mut expansion);
+        self.links().changed_altogether();
+        expanded.and(written)?;
+        Ok(expansion.packed)
+    }
+
+    /// [`Image::expand_zeroes`] for each table; the last ones are not written.
+    fn expand_tables(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        active: &[u64],
+        snapshots: &[Snapshot],
+        expansion: &mut Expansion<H>,
+        tell: Progress<'_>,
+    ) -> Result<()> {
+        let of_snapshots = snapshots.iter().map(|snapshot| u64::from(snapshot.l1_size));
+        let total = active.len() as u64 + of_snapshots.sum::<u64>();
         let mut done = 0;
         for number in 0..=snapshots.len() {
             let l1 = match number.checked_sub(1).map(|number| &snapshots[number]) {
-                None => active.clone(),
+                None => active.to_vec(),
                 Some(snapshot) => {
                     self.validate_snapshot(snapshot)
                         .inspect_err(|error| self.host.report(error))?;
@@ -128,14 +149,45 @@ impl<H: Host> Image<H> {
             for index in 0..l1.len() {
                 if let Some(table) = self.table_of(st, &l1, index)? {
                     let first = GuestOffset((index as u64) << self.geometry.l2_span_bits());
-                    self.expand_table(st, table, first, &mut expansion)?;
+                    if expansion.waits(table) {
+                        self.write_expanded(st, expansion)?;
+                    }
+                    self.expand_table(st, table, first, expansion)?;
+                    if expansion.is_full() {
+                        self.write_expanded(st, expansion)?;
+                    }
                 }
                 done += 1;
                 tell(done, total);
             }
         }
-        self.links().changed_altogether();
-        Ok(expansion.packed)
+        Ok(())
+    }
+
+    /// Writes the tables that wait for that.
+    fn write_expanded(
+        &self,
+        st: &mut StateGuard<'_, H>,
+        expansion: &mut Expansion<H>,
+    ) -> Result<()> {
+        if expansion.tables.is_empty() {
+            return Ok(());
+        }
+        // Zeroes and counts are durable before the entries that need them, and
+        // the entries before the counts that they do not need any more.
+        self.write_back_all(st)?;
+        for (table, bytes) in std::mem::take(&mut expansion.tables) {
+            self.write_l2(st, table, &bytes)?;
+        }
+        let unused = std::mem::take(&mut expansion.unused);
+        if !unused.is_empty() {
+            self.host.file().flush()?;
+            let size = self.geometry.cluster_size();
+            for (host, owners) in unused {
+                self.change_refcount(st, host, size, Change::Sub(owners), Reason::Other)?;
+            }
+        }
+        Ok(())
     }
 
     /// [`Image::expand_zeroes`] for one table, whose first entry is that of the
@@ -145,7 +197,7 @@ impl<H: Host> Image<H> {
         st: &mut StateGuard<'_, H>,
         table: HostOffset,
         first: GuestOffset,
-        expansion: &mut Expansion,
+        expansion: &mut Expansion<H>,
     ) -> Result<()> {
         let size = self.geometry.cluster_size();
         let owners = self.refcount(st, self.geometry.cluster_of(table))?.max(1);
@@ -172,7 +224,7 @@ impl<H: Host> Image<H> {
                 Some(host) => {
                     let count = self.refcount(st, self.geometry.cluster_of(host))?;
                     if count != owners {
-                        unused.push(host);
+                        unused.push((host, owners));
                     }
                     (count == owners).then_some(host)
                 }
@@ -190,18 +242,9 @@ impl<H: Host> Image<H> {
             bytes[at..at + 8].copy_from_slice(&entry.0.to_be_bytes());
             changed = true;
         }
-        if !changed {
-            return Ok(());
-        }
-        // Zeroes and counts are durable before the entries that need them, and
-        // the entries before the counts that they do not need any more.
-        self.write_back_all(st)?;
-        self.write_l2(st, table, &bytes)?;
-        if !unused.is_empty() {
-            self.host.file().flush()?;
-            for host in unused {
-                self.change_refcount(st, host, size, Change::Sub(owners), Reason::Other)?;
-            }
+        if changed {
+            expansion.tables.push((table, bytes));
+            expansion.unused.append(&mut unused);
         }
         Ok(())
     }
@@ -245,9 +288,28 @@ impl<H: Host> Image<H> {
 }
 
 /// What [`Image::expand_zeroes`] has to know and learns.
-struct Expansion {
+struct Expansion<H: Host> {
     /// Whether something is below the image.
     backed: bool,
     /// Whether there are compressed clusters.
     packed: bool,
+    /// Tables that are to be written, with their place.
+    tables: Vec<(HostOffset, H::Aligned)>,
+    /// Clusters that they do not need any more, with the number of references
+    /// that go.
+    unused: Vec<(HostOffset, u64)>,
+}
+
+impl<H: Host> Expansion<H> {
+    /// Whether a table is yet to be written.
+    fn waits(&self, table: HostOffset) -> bool {
+        self.tables.iter().any(|(other, _)| *other == table)
+    }
+
+    /// Whether the tables are to be written now: there are many, or what comes
+    /// next may be counted less often then.
+    fn is_full(&self) -> bool {
+        let bytes: usize = self.tables.iter().map(|(_, bytes)| bytes.len()).sum();
+        bytes >= BATCH || !self.unused.is_empty()
+    }
 }
