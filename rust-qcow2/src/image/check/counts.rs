@@ -37,16 +37,24 @@ impl Counts {
     }
 
     /// Makes the file at least `len` clusters long.
+    #[inline]
     pub(super) fn grow(&mut self, len: u64) -> Result<()> {
         if len > self.len {
-            let chunks = len.div_ceil(CHUNK) as usize;
-            let more = chunks - self.chunks.len();
-            self.chunks
-                .try_reserve(more)
-                .map_err(|_| Error::errno(libc::ENOMEM))?;
-            self.chunks.resize(chunks, None);
-            self.len = len;
+            self.grow_to(len)
+        } else {
+            Ok(())
         }
+    }
+
+    #[cold]
+    fn grow_to(&mut self, len: u64) -> Result<()> {
+        let chunks = len.div_ceil(CHUNK) as usize;
+        let more = chunks - self.chunks.len();
+        self.chunks
+            .try_reserve(more)
+            .map_err(|_| Error::errno(libc::ENOMEM))?;
+        self.chunks.resize(chunks, None);
+        self.len = len;
         Ok(())
     }
 
@@ -74,29 +82,35 @@ impl Counts {
 
     /// Counts a reference to a cluster before the end. `false` where the count
     /// is as large as it may be.
+    #[inline]
     pub(super) fn add(&mut self, cluster: u64) -> Result<bool> {
+        let max = self.max;
+        let count = &mut self.chunk(cluster)?[(cluster % CHUNK) as usize];
+        if *count >= LARGE - 1 {
+            return self.add_to_many(cluster);
+        }
+        let fits = u64::from(*count) < max;
+        *count += u16::from(fits);
+        Ok(fits)
+    }
+
+    /// [`Counts::add`] where the new count, if there is one, goes to the map.
+    #[cold]
+    fn add_to_many(&mut self, cluster: u64) -> Result<bool> {
         let old = self.get(cluster);
         if old >= self.max {
             return Ok(false);
         }
-        let new = old + 1;
-        let small = u16::try_from(new).unwrap_or(LARGE);
-        if small == LARGE {
-            self.large.insert(cluster, new);
-        }
-        self.chunk(cluster)?[(cluster % CHUNK) as usize] = small;
+        self.large.insert(cluster, old + 1);
+        self.chunk(cluster)?[(cluster % CHUNK) as usize] = LARGE;
         Ok(true)
     }
 
+    #[inline]
     fn chunk(&mut self, cluster: u64) -> Result<&mut [u16]> {
         let slot = &mut self.chunks[(cluster / CHUNK) as usize];
         if slot.is_none() {
-            let mut counts = Vec::new();
-            counts
-                .try_reserve_exact(CHUNK as usize)
-                .map_err(|_| Error::errno(libc::ENOMEM))?;
-            counts.resize(CHUNK as usize, 0);
-            *slot = Some(counts.into_boxed_slice());
+            *slot = Some(new_chunk()?);
         }
         Ok(slot.as_deref_mut().unwrap_or_default())
     }
@@ -150,6 +164,17 @@ impl Counts {
         }
         Ok(taken)
     }
+}
+
+/// Clusters that nothing refers to.
+#[cold]
+fn new_chunk() -> Result<Box<[u16]>> {
+    let mut counts = Vec::new();
+    counts
+        .try_reserve_exact(CHUNK as usize)
+        .map_err(|_| Error::errno(libc::ENOMEM))?;
+    counts.resize(CHUNK as usize, 0);
+    Ok(counts.into_boxed_slice())
 }
 
 #[cfg(test)]

@@ -63,6 +63,7 @@ impl<H: Host> Check<'_, '_, H> {
     }
 
     /// Counts a reference to each cluster that `len` bytes at `offset` touch.
+    #[inline]
     pub(super) fn count(&mut self, offset: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
@@ -174,6 +175,9 @@ impl<H: Host> Check<'_, '_, H> {
         let extended = self.image.geometry.has_subclusters();
         for index in 0..self.image.geometry.l2_entries() as usize {
             let full = entry_of(&self.image.geometry, table.bytes, index);
+            if full == ClusterEntry::UNALLOCATED {
+                continue;
+            }
             let entry = full.entry;
             if entry.reserved() != 0 {
                 self.say(format_args!(
