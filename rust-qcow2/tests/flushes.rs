@@ -14,6 +14,13 @@ const CLUSTER: u64 = 4096;
 const SPAN: u64 = CLUSTER * CLUSTER / 8;
 const TABLES: u64 = 64;
 
+/// How often the file was flushed since its events were last taken.
+fn take_flushes(file: &MemoryFile) -> usize {
+    let events = file.take_events();
+    let flushes = events.iter().filter(|event| **event == Event::Flush);
+    flushes.count()
+}
+
 /// Each slice that makes room waits for refcounts that were not written yet.
 /// They are flushed for many of them together.
 #[test]
@@ -41,10 +48,8 @@ fn slices_make_room_without_a_flush_for_each() {
         let table = (next_random(&mut luck) >> 33) % TABLES;
         write(&image, table * SPAN + (1 + i) * CLUSTER, &data).unwrap();
     }
-    let events = file.take_events();
-    let flushes = events.iter().filter(|event| **event == Event::Flush);
     // One for each would be 190.
-    let flushes = flushes.count();
+    let flushes = take_flushes(&file);
     assert!(flushes < 50, "{flushes}");
 }
 
@@ -108,10 +113,8 @@ fn a_downgrade_flushes_for_many_tables() {
     let _ = file.take_events();
 
     image.downgrade(&mut |_, _| ()).unwrap();
-    let events = file.take_events();
-    let flushes = events.iter().filter(|event| **event == Event::Flush);
     // One for each table would be 64.
-    let flushes = flushes.count();
+    let flushes = take_flushes(&file);
     assert!(flushes < 8, "{flushes}");
     let after = open(&file, Some(&backing), &options);
     for table in 0..TABLES {

@@ -240,11 +240,19 @@ impl<H: Host> Image<H> {
         let wanted = self
             .l2
             .insert(L2Slice::from_bytes(offset, wanted, extended));
-        for (other, number) in others.chunks_exact(slice_size).zip(1..) {
-            let at = offset.add(number * slice_size as u64);
-            self.l2.insert(L2Slice::from_bytes(at, other, extended));
-        }
+        self.insert_slices(offset.add(slice_size as u64), others);
         Ok(wanted)
+    }
+
+    /// Puts slices that follow each other in the file, from `offset` on, into the
+    /// cache.
+    pub(super) fn insert_slices(&self, offset: HostOffset, bytes: &[u8]) {
+        let size = self.l2.slice_size();
+        let extended = self.geometry.has_subclusters();
+        for (slice, number) in bytes.chunks_exact(size).zip(0..) {
+            let at = offset.add(number * size as u64);
+            self.l2.insert(L2Slice::from_bytes(at, slice, extended));
+        }
     }
 
     /// How many slices to read where that at `offset` of a table is needed: it

@@ -7,7 +7,6 @@
 
 use super::super::refcounts::{Change, Reason};
 use super::super::{Image, StateGuard};
-use crate::cache::l2::L2Slice;
 use crate::error::{Error, Result};
 use crate::format::entry::{L1Entry, L2Entry, MetadataKind, OFFSET_MASK};
 use crate::format::snapshots::Snapshot;
@@ -262,14 +261,8 @@ impl<H: Host> Image<H> {
 
     /// Leaves an L2 table of the file in the cache, if nothing has to go for it.
     fn keep_l2(&self, table: HostOffset, bytes: &[u8]) {
-        let size = self.l2.slice_size();
-        if self.l2.spare_slices() < bytes.len() / size {
-            return;
-        }
-        let extended = self.geometry.has_subclusters();
-        for (part, number) in bytes.chunks_exact(size).zip(0..) {
-            let at = table.add(number * size as u64);
-            self.l2.insert(L2Slice::from_bytes(at, part, extended));
+        if bytes.len() / self.l2.slice_size() <= self.l2.spare_slices() {
+            self.insert_slices(table, bytes);
         }
     }
 
