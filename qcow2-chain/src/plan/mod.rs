@@ -223,11 +223,14 @@ fn report(
             continue;
         }
         let method = group.method(args.method).unwrap_or(Method::Stream);
-        let (into, bytes, zero_bytes) = match method {
+        let (into, bytes) = match method {
+            Method::Stream => (group.top, group.stream_bytes()),
+            _ => (group.bottom, group.commit_bytes()),
+        };
+        let zero_bytes = match (method, below) {
+            (Method::Stream, Some(_)) => group.stream_zero_bytes(),
             // Without a backing file there is nothing for zeroes to hide.
-            Method::Stream if below.is_none() => (group.top, group.stream_bytes(), 0),
-            Method::Stream => (group.top, group.stream_bytes(), group.stream_zero_bytes()),
-            _ => (group.bottom, group.commit_bytes(), 0),
+            _ => 0,
         };
         let dropped: Vec<_> = (group.top..=group.bottom).filter(|d| *d != into).collect();
         let cluster = |depth: usize| chain.layers[depth].qcow2().map_or(0, |q| q.cluster_size);
