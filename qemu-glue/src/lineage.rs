@@ -19,7 +19,6 @@ use crate::node::Node;
 use crate::sys;
 
 /// Where a node is among those that were opened one for the other.
-#[derive(Clone)]
 pub(crate) struct Lineage {
     /// Counted from the node that was opened by itself.
     depth: u32,
