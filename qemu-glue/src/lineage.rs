@@ -1,4 +1,4 @@
-//! Chains that bite their tail.
+//! Chains that bite their tail, or are deeper than a stack.
 //!
 //! An image that says it is its own backing file, or that of one above it,
 //! would be opened again and again until there are no more files or no more
@@ -8,15 +8,22 @@
 //! the last one whose depth is a power of two (Brent's way to find a cycle):
 //! a loop is found before it was gone through three times, at a cost that
 //! does not grow with depth.
+//!
+//! QEMU opens backing files by recursion, the only one over layers there is.
+//! Where it would end in the guard page behind the stack the chain is refused.
 
 use std::ffi::{CStr, CString};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rust_qcow2::{Error, Result};
 
 use crate::driver;
 use crate::node::Node;
 use crate::sys;
+
+/// What QEMU takes of the stack to open one backing file for another, in bytes,
+/// rounded up: 401 when QEMU is compiled with gcc 12 and -O2.
+const STACK_PER_LAYER: u64 = 512;
 
 /// Where a node is among those that were opened one for the other.
 pub(crate) struct Lineage {
@@ -30,7 +37,8 @@ impl Lineage {
     /// The place of a node that is being opened.
     ///
     /// # Errors
-    /// `ELOOP` if its file was opened for a node above.
+    /// `ELOOP` if its file was opened for a node above, `E2BIG` if the stack
+    /// may not do for one more.
     ///
     /// # Safety
     /// Called in the driver's open callback for `bs`, which has its file.
@@ -52,6 +60,9 @@ impl Lineage {
         if anchor.as_c_str() == name {
             return Err(infinite(name, depth - from));
         }
+        if depth >= deepest() {
+            return Err(too_deep(depth));
+        }
         if depth.is_power_of_two() {
             return Ok(Self::new(depth, name));
         }
@@ -67,6 +78,36 @@ impl Lineage {
             anchor: Arc::new((depth, name.to_owned())),
         }
     }
+}
+
+/// How many layers can be opened one for the other. They are opened by the
+/// main thread, whose stack grows up to a limit of the process.
+fn deepest() -> u32 {
+    static DEEPEST: OnceLock<u32> = OnceLock::new();
+    *DEEPEST.get_or_init(|| {
+        let mut limit = libc::rlimit {
+            rlim_cur: libc::RLIM_INFINITY,
+            rlim_max: libc::RLIM_INFINITY,
+        };
+        // SAFETY: writes to `limit` only; if it fails, that stays as it is.
+        unsafe { libc::getrlimit(libc::RLIMIT_STACK, &mut limit) };
+        if limit.rlim_cur == libc::RLIM_INFINITY {
+            return u32::MAX;
+        }
+        u32::try_from(limit.rlim_cur / STACK_PER_LAYER).unwrap_or(u32::MAX)
+    })
+}
+
+fn too_deep(layers: u32) -> Error {
+    Error::new(
+        libc::E2BIG,
+        format!(
+            "The chain has more than {layers} layers, and to open more takes more stack than \
+             the process may have; raise the limit with ulimit -s (1 MiB for each {}), or merge \
+             layers",
+            (1 << 20) / STACK_PER_LAYER
+        ),
+    )
 }
 
 fn infinite(name: &CStr, layers: u32) -> Error {
