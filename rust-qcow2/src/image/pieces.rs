@@ -147,16 +147,14 @@ impl<H: Host> Image<H> {
 /// which has the number `from`. Nearly all of the tables of a long chain is
 /// empty: that is passed over in blocks.
 fn collect_entries(bytes: &[u8], extended: bool, from: u32, found: &mut Vec<NumberedEntry>) {
-    const BLOCK: usize = 128;
+    const EMPTY: [u8; 512] = [0; 512];
     let entry_bytes = if extended { 16 } else { 8 };
     let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
-    let raw = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_ne_bytes);
     for (block, number) in bytes
-        .chunks(BLOCK)
-        .zip((from..).step_by(BLOCK / entry_bytes))
+        .chunks(EMPTY.len())
+        .zip((from..).step_by(EMPTY.len() / entry_bytes))
     {
-        let any = block.chunks_exact(8).fold(0, |any, bytes| any | raw(bytes));
-        if any == 0 {
+        if *block == EMPTY[..block.len()] {
             continue;
         }
         for (bytes, number) in block.chunks_exact(entry_bytes).zip(number..) {
