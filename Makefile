@@ -12,7 +12,8 @@ help:
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
 	@echo 'make study    what a chain costs and why: docs/study.md with figures, measured on this'
 	@echo '              machine; QUICK=1 for less than 15 minutes'
-	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use; one of'
+	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use, by threads'
+	@echo '              and by a guest with queues in two I/O threads; one of'
 	@echo '              10,000; then random operations beside the C driver, 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
@@ -62,6 +63,7 @@ study: deps
 
 soak:
 	tests/soak
+	tests/soak --machine
 	RQCOW2_LAYERS=10000 ci/iotests --own rqcow2-deepest --timeout 3600
 	tests/differential --time 14400
 

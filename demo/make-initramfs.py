@@ -112,6 +112,8 @@ def main():
     add('--module', action='append', default=[], metavar='NAME')
     add('--file', action='append', default=[], metavar='NAME=PATH',
         help='a further file')
+    add('--program', action='append', default=[], metavar='NAME=PATH',
+        help='a further file that can be executed, linked statically')
     args = parser.parse_args()
 
     busybox = read(args.busybox)
@@ -131,9 +133,10 @@ def main():
     for name, content in modules.loaded.items():
         archive.file(f'modules/{name}.ko', content)
     archive.file('modules/order', '\n'.join([*modules.loaded, '']).encode())
-    for item in args.file:
-        name, path = item.split('=', 1)
-        archive.file(name, read(path))
+    for items, mode in (args.file, 0o644), (args.program, 0o755):
+        for item in items:
+            name, path = item.split('=', 1)
+            archive.file(name, read(path), mode)
     archive.save(args.output)
 
 

@@ -5,7 +5,6 @@ import subprocess
 
 from qcow2writer import write_qcow2
 
-from . import model, nbd
 from .daemon import Failure
 
 
@@ -94,6 +93,19 @@ class Chain:
         self.layers.append((path, name))
         self.guest.more(5)
 
+    def undo(self):
+        """A snapshot in a transaction that fails: the guest must not notice."""
+        name, path = self.name('u')
+        self.empty(path, self.layers[-1][0])
+        self.add(name, path, None)
+        reply = self.daemon.ask('transaction', actions=[
+            {'type': 'blockdev-snapshot', 'data': {'node': self.top, 'overlay': name}}, {'type': 'abort', 'data': {}}])
+        if 'error' not in reply:
+            raise Failure('a transaction that has to fail does not')
+        self.daemon.command('blockdev-del', node_name=name)
+        os.unlink(path)
+        self.guest.more(5)
+
     def stream(self):
         """The lower half becomes one layer."""
         middle = len(self.layers) // 2
@@ -157,17 +169,9 @@ class Chain:
         """Lets a mirror end as a copy of a moment."""
         with self.guest.paused():
             self.daemon.command('block-job-cancel', device='job')
-            self.frozen = bytes(self.guest.disk.content)
+            self.frozen = self.guest.content
             event = self.daemon.event('BLOCK_JOB_COMPLETED')
             self.daemon.events.append(event)
-
-    def verify(self):
-        """All of the disk, while nobody else uses it."""
-        with self.guest.paused():
-            client = nbd.Client(self.soak.sock, 'disk')
-            for at in range(0, self.guest.disk.size, 1 << 20):
-                self.guest.disk.check(at, min(1 << 20, self.guest.disk.size - at), client.read)
-            client.close()
 
 
 def make(soak, directory, seed):
@@ -181,4 +185,4 @@ def make(soak, directory, seed):
     with open(flat, 'rb') as file:
         content = file.read()
     os.unlink(flat)
-    return top, model.Disk(content)
+    return top, content

@@ -1,4 +1,4 @@
-"""qemu-storage-daemon, and its monitor."""
+"""qemu-storage-daemon, or another program with a monitor like it."""
 
 import json
 import os
@@ -14,14 +14,14 @@ class Failure(Exception):
 class Daemon:
     """A running qemu-storage-daemon."""
 
-    def __init__(self, program, directory, log, timeout=900):
+    def __init__(self, program, directory, log, timeout=900, monitor=('--monitor', 'chardev=qmp'), arguments=()):
         self.timeout = timeout
         self.events = []
         self.buffer = b''
         self.path = os.path.join(directory, 'qmp.sock')
         self.log = open(log, 'ab')  # pylint: disable=consider-using-with
         self.process = subprocess.Popen(  # pylint: disable=consider-using-with
-            [program, '--chardev', f'socket,id=qmp,path={self.path},server=on,wait=off', '--monitor', 'chardev=qmp'],
+            [program, '--chardev', f'socket,id=qmp,path={self.path},server=on,wait=off', *monitor, *arguments],
             stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         self.sock = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + 60

@@ -100,6 +100,7 @@ class Guest:
 
     def __init__(self, disk, connect, cluster, rngs):
         self.disk = disk
+        self.connect = connect
         self.cluster = cluster
         self.state = threading.Condition()
         self.running = 0
@@ -163,6 +164,19 @@ class Guest:
         with self.state:
             self.wanted = True
             self.state.notify_all()
+
+    @property
+    def content(self):
+        """What the disk contains, while nobody changes it."""
+        return bytes(self.disk.content)
+
+    def verify(self):
+        """All of the disk, while nobody else uses it."""
+        with self.paused():
+            client = self.connect()
+            for at in range(0, self.disk.size, 1 << 20):
+                self.disk.check(at, min(1 << 20, self.disk.size - at), client.read)
+            client.close()
 
     def stop(self):
         """Ends the threads; returns how often they did what."""
