@@ -125,17 +125,17 @@ class Guest:
         self.wait(lambda: self.digests, 'the guest is not up')
         return self.digests[0]
 
-    def rest(self, command):
+    def rest(self):
         """Brings the checker to rest, which reads and checks all of the disk."""
         known = len(self.digests)
-        self.tell(command)
+        self.tell(b'p')
         self.wait(lambda: len(self.digests) > known, 'the guest does not come to rest')
         self.content = self.digests[-1]
 
     @contextlib.contextmanager
     def paused(self):
         """Nothing is read or written meanwhile; `content` is the digest."""
-        self.rest(b'p')
+        self.rest()
         yield
         self.tell(b'r')
 
@@ -146,5 +146,5 @@ class Guest:
 
     def stop(self):
         """Nothing is read or written from now on; returns how often it did what."""
-        self.rest(b'p')
+        self.rest()
         return {'operation': self.operations}
