@@ -4,10 +4,11 @@ mod common;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::{calibration, empty_chain, expect, json, name, qemu, run, same_shape};
+use common::{
+    backing_name, calibration, empty_chain, expect, json, layers, name, qemu, run, same_shape,
+};
 use serde_json::Value;
 
 /// Builds a chain; the top and the file with the expected content.
@@ -88,34 +89,6 @@ fn the_disk_stays_the_same() {
             assert_eq!(json(0, &["view", &top])["depth"], left);
         }
     }
-}
-
-/// Makes layers with data, each on the one before by the name that is given,
-/// and a file with what the last one shows.
-fn layers(dir: &Path, names: &[(&str, String)]) -> Option<String> {
-    let (img, io) = (qemu("qemu-img")?, qemu("qemu-io")?);
-    for (at, (file, backing)) in names.iter().enumerate() {
-        let path = dir.join(file);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let path = name(&path);
-        let mut args = vec!["create", "-q", "-f", "qcow2"];
-        if at > 0 {
-            args.extend(["-u", "-b", backing, "-F", "qcow2"]);
-        }
-        run(&img, &[&args[..], &[&path, "8M"]].concat());
-        let write = format!("write -P {} {}k 192k", at + 1, at * 128);
-        let image = format!("driver=qcow2,backing=,file.filename={path}");
-        run(&io, &["--image-opts", "-c", &write, &image]);
-    }
-    Some(name(&dir.join("raw")))
-}
-
-/// What the image records.
-fn backing_name(image: &str) -> Value {
-    let info = ["info", "-f", "qcow2", "--output", "json", image];
-    let info = run(&qemu("qemu-img").unwrap(), &info);
-    let mut info: Value = serde_json::from_str(&info).unwrap();
-    info["backing-filename"].take()
 }
 
 /// The names that images record lead to the right files, relative ones stay so.

@@ -313,6 +313,7 @@ Examples:
   qcow2-chain plan --keep-last 7 --domain vm1 --target vda top.qcow2
   qcow2-chain plan --max-bytes 10G --output json top.qcow2 | jq '.after.layers'
   qcow2-chain plan --latency 200 --memory 100M top.qcow2
+  qcow2-chain plan --depth 50 --qmp /run/vm1.qmp top.qcow2
 
 Exit code 5: the goal is not reached, as --keep-last or --max-bytes stand in
 the way, or no chain is short enough. What can be done is printed all the same."
@@ -358,9 +359,15 @@ pub struct Plan {
     #[arg(long, value_enum, default_value_t = Method::Auto)]
     pub method: Method,
 
-    /// Device or node name of the disk, for the QMP commands
-    #[arg(long, default_value = "DEVICE")]
-    pub device: String,
+    /// QMP socket of the program that has the chain open: the QMP commands then
+    /// say by which nodes it has the layers open, whatever it was given
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+
+    /// Device or node name of the disk, for the QMP commands; with --qmp only
+    /// where several nodes have the image open [default: DEVICE]
+    #[arg(long)]
+    pub device: Option<String>,
 
     /// Name of the guest, for the virsh commands
     #[arg(long, default_value = "DOMAIN")]

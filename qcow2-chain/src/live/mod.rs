@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::cli::{Metrics, Output, Top};
 use crate::text::{self, bytes, percent, printable};
-use qmp::Qmp;
+pub use qmp::Qmp;
 use sample::{ChainSample, Sample};
 
 /// Carries `metrics` out.

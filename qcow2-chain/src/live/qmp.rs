@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+};
 use serde_json::{Value, json};
 
 use crate::text;
@@ -68,6 +70,12 @@ impl Qmp {
                 bail!("{name}: {}", error["desc"].as_str().unwrap_or("failed"));
             }
         }
+    }
+
+    /// The process at the other end, where the kernel tells.
+    pub fn peer(&self) -> Option<u32> {
+        let peer = sockopt::socket_peercred(&self.writer).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
     }
 
     fn line(&mut self) -> Result<Value> {

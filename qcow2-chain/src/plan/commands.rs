@@ -1,11 +1,13 @@
 //! The commands that carry a merge out.
 
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::chain::{Chain, Name, for_qemu, link};
 use crate::cli::{Method, Plan};
 use crate::text::quoted;
+
+use super::nodes::Nodes;
 
 /// For whoever has the chain open, or for qemu-img where nobody has.
 #[derive(Serialize)]
@@ -23,7 +25,7 @@ impl Commands {
     /// further down have been carried out: the layer below is at depth `below`.
     pub fn new(
         args: &Plan,
-        chain: &Chain,
+        (chain, nodes): (&Chain, Option<&Nodes>),
         (top, bottom, below): (usize, usize, Option<usize>),
         method: Method,
     ) -> Self {
@@ -31,22 +33,31 @@ impl Commands {
         let word = |depth: usize| quoted(&for_qemu(&name(depth)));
         let recorded = |overlay: usize, at: usize| link(&chain.layers[overlay], &chain.layers[at]);
         let format = |depth: usize| chain.layers[depth].format().to_owned();
-        let (device, domain, target) = (&args.device, quoted(&args.domain), quoted(&args.target));
+        let (domain, target) = (quoted(&args.domain), quoted(&args.target));
+        let device = args.device.as_deref().unwrap_or("DEVICE");
         let mut commands = Self {
             qmp: Vec::new(),
             virsh: Vec::new(),
             qemu_img: Vec::new(),
         };
         if method == Method::Stream {
-            let mut arguments = json!({"job-id": format!("merge{top}"), "device": device});
-            if top > 0 {
-                arguments["device"] = json!(format!("NODE-NAME of {}", name(top)));
+            let mut arguments = match nodes {
+                Some(nodes) => json!({"device": nodes.layer(top)}),
+                None if top > 0 => json!({"device": format!("NODE-NAME of {}", name(top))}),
+                None => json!({"device": device}),
+            };
+            match (below, nodes) {
+                (Some(below), Some(nodes)) => {
+                    arguments["base-node"] = json!(nodes.layer(below));
+                    arguments["backing-file"] = json!(recorded(top, below));
+                }
+                (Some(below), None) => {
+                    arguments["base"] = json!(name(below));
+                    arguments["backing-file"] = json!(opened(chain, below));
+                }
+                (None, _) => {}
             }
-            if let Some(below) = below {
-                arguments["base"] = json!(name(below));
-                arguments["backing-file"] = json!(opened(chain, below));
-            }
-            commands.qmp(&json!({"execute": "block-stream", "arguments": arguments}));
+            commands.job("block-stream", top, arguments);
             // Only into the topmost image.
             if top == 0 {
                 let base = below.map_or(String::new(), |at| format!(" --base {}", word(at)));
@@ -66,24 +77,28 @@ impl Commands {
                 .push(format!("qemu-img rebase -p -f qcow2 {base} {}", word(top)));
             return commands;
         }
-        let mut arguments = json!({
-            "job-id": format!("merge{top}"), "device": device, "base": name(bottom),
-        });
-        let (mut options, mut last) = (String::new(), None);
-        if top > 0 {
-            arguments["top"] = json!(name(top));
-            arguments["backing-file"] = json!(opened(chain, bottom));
-            options = format!(" --top {}", word(top));
+        let mut arguments = match nodes {
+            Some(nodes) => json!({"device": nodes.root, "base-node": nodes.layer(bottom)}),
+            None => json!({"device": device, "base": name(bottom)}),
+        };
+        match nodes {
+            _ if top == 0 => {}
+            Some(nodes) => {
+                arguments["top-node"] = json!(nodes.layer(top));
+                arguments["backing-file"] = json!(recorded(top - 1, bottom));
+            }
+            None => {
+                arguments["top"] = json!(name(top));
+                arguments["backing-file"] = json!(opened(chain, bottom));
+            }
+        }
+        commands.job("block-commit", top, arguments);
+        let options = if top > 0 {
+            format!(" --top {}", word(top))
         } else {
-            last = Some(json!({
-                "execute": "job-complete", "arguments": {"id": format!("merge{top}")},
-            }));
-            options.push_str(" --active --pivot");
-        }
-        commands.qmp(&json!({"execute": "block-commit", "arguments": arguments}));
-        if let Some(last) = last {
-            commands.qmp(&last);
-        }
+            commands.job("job-complete", top, json!({}));
+            " --active --pivot".to_owned()
+        };
         commands.virsh.push(format!(
             "virsh blockcommit {domain} {target} --base {}{options} --wait --verbose",
             word(bottom)
@@ -104,7 +119,14 @@ impl Commands {
         commands
     }
 
-    fn qmp(&mut self, command: &serde_json::Value) {
+    /// A command for the job that merges down to the layer at depth `top`.
+    fn job(&mut self, command: &str, top: usize, mut arguments: Value) {
+        let key = match command {
+            "job-complete" => "id",
+            _ => "job-id",
+        };
+        arguments[key] = json!(format!("merge{top}"));
+        let command = json!({"execute": command, "arguments": arguments});
         self.qmp.push(command.to_string());
     }
 

@@ -3,12 +3,13 @@
 mod commands;
 mod goals;
 mod merge;
+mod nodes;
 mod segments;
 mod warnings;
 
 use std::io::{self, Write};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::chain::{Chain, End, Kind};
@@ -20,6 +21,7 @@ use crate::text::{self, Progress, bytes, printable};
 use commands::Commands;
 use goals::{Cost, Costs, Goals, merged};
 use merge::{Group, Limits, merge};
+use nodes::Nodes;
 use segments::{Segment, Segments};
 
 /// `plan` found no way to reach the goal.
@@ -91,6 +93,13 @@ pub fn run(args: &Plan) -> Result<u8> {
         "the chain is not complete: {}",
         chain.end
     );
+    let nodes = match &args.qmp {
+        Some(socket) => Some(
+            Nodes::ask(socket, args.common.quiet, &chain, args.device.as_deref())
+                .with_context(|| format!("the program that listens on {}", socket.display()))?,
+        ),
+        None => None,
+    };
     let (layers, figures, shape) = read(&chain, args.common.quiet)?;
     let count = layers.len();
     // The layers from `first` up to `last`, which is not one of them, may be merged.
@@ -137,7 +146,8 @@ pub fn run(args: &Plan) -> Result<u8> {
     }
     let groups = merge(groups, fixed, limits);
     warnings::refuse_damage(&chain, &figures, &groups)?;
-    let mut report = report(args, &chain, (&figures, &taken), &groups, fixed, limits);
+    let sources = (&chain, nodes.as_ref());
+    let mut report = report(args, sources, (&figures, &taken), &groups, fixed, limits);
     report.goal_reached &= reached;
     if let Some((goals, warnings)) = goals {
         report.predicted = Some(goals.costs(&shape, &merged(&shape, &groups), warnings));
@@ -201,7 +211,7 @@ fn read(chain: &Chain, quiet: bool) -> Result<(Vec<Segments>, Vec<LayerFigures>,
 
 fn report(
     args: &Plan,
-    chain: &Chain,
+    (chain, nodes): (&Chain, Option<&Nodes>),
     (figures, taken): (&[LayerFigures], &[u64]),
     groups: &[Group],
     fixed: usize,
@@ -255,7 +265,12 @@ fn report(
             kept: into,
             into: file(into),
             dropped: dropped.into_iter().map(file).collect(),
-            commands: Commands::new(args, chain, (group.top, group.bottom, below), method),
+            commands: Commands::new(
+                args,
+                (chain, nodes),
+                (group.top, group.bottom, below),
+                method,
+            ),
         });
         below = Some(into);
     }

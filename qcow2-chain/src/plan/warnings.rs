@@ -70,6 +70,13 @@ pub fn of(
                 .into(),
         );
     }
+    if args.qmp.is_some() && !merges.is_empty() {
+        warnings.push(
+            "layers whose nodes were added one by one stay open after a merge: blockdev-del their \
+             nodes, the topmost first, before their files are deleted"
+                .into(),
+        );
+    }
     let smaller = |pair: &[Layer]| pair[0].disk_size() < pair[1].disk_size();
     let (first, last) = (groups.first(), groups.last());
     if let (Some(first), Some(last)) = (first, last) {

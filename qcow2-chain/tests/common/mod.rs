@@ -163,6 +163,34 @@ pub fn empty_chain(dir: &Path, layers: usize) -> String {
     name(&dir.join((layers - 1).to_string()))
 }
 
+/// Makes layers with data, each on the one before by the name that is given,
+/// and a file with what the last one shows.
+pub fn layers(dir: &Path, names: &[(&str, String)]) -> Option<String> {
+    let (img, io) = (qemu("qemu-img")?, qemu("qemu-io")?);
+    for (at, (file, backing)) in names.iter().enumerate() {
+        let path = dir.join(file);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let path = name(&path);
+        let mut args = vec!["create", "-q", "-f", "qcow2"];
+        if at > 0 {
+            args.extend(["-u", "-b", backing, "-F", "qcow2"]);
+        }
+        run(&img, &[&args[..], &[&path, "8M"]].concat());
+        let write = format!("write -P {} {}k 192k", at + 1, at * 128);
+        let image = format!("driver=qcow2,backing=,file.filename={path}");
+        run(&io, &["--image-opts", "-c", &write, &image]);
+    }
+    Some(name(&dir.join("raw")))
+}
+
+/// What the image records.
+pub fn backing_name(image: &str) -> Value {
+    let info = ["info", "-f", "qcow2", "--output", "json", image];
+    let info = run(&qemu("qemu-img").unwrap(), &info);
+    let mut info: Value = serde_json::from_str(&info).unwrap();
+    info["backing-filename"].take()
+}
+
 /// A path as an argument.
 pub fn name(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
