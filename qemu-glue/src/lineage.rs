@@ -12,8 +12,12 @@
 //! QEMU opens backing files by recursion, the only one over layers there is.
 //! Where it would end in the guard page behind the stack the chain is refused.
 
+use std::cell::OnceCell;
 use std::ffi::{CStr, CString};
-use std::sync::{Arc, OnceLock};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::ptr;
+use std::sync::Arc;
 
 use rust_qcow2::{Error, Result};
 
@@ -21,9 +25,8 @@ use crate::driver;
 use crate::node::Node;
 use crate::sys;
 
-/// What QEMU takes of the stack to open one backing file for another, in bytes,
-/// rounded up: 401 when QEMU is compiled with gcc 12 and -O2.
-const STACK_PER_LAYER: u64 = 512;
+/// Bytes of the stack that are left for what is not done layer by layer.
+const RESERVE: usize = 48 << 10;
 
 /// Where a node is among those that were opened one for the other.
 pub(crate) struct Lineage {
@@ -60,8 +63,8 @@ impl Lineage {
         if anchor.as_c_str() == name {
             return Err(infinite(name, depth - from));
         }
-        if depth >= deepest() {
-            return Err(too_deep(depth));
+        if let Some(taken) = too_much_stack() {
+            return Err(too_deep(depth, taken));
         }
         if depth.is_power_of_two() {
             return Ok(Self::new(depth, name));
@@ -80,32 +83,51 @@ impl Lineage {
     }
 }
 
-/// How many layers can be opened one for the other. They are opened by the
-/// main thread, whose stack grows up to a limit of the process.
-fn deepest() -> u32 {
-    static DEEPEST: OnceLock<u32> = OnceLock::new();
-    *DEEPEST.get_or_init(|| {
-        let mut limit = libc::rlimit {
-            rlim_cur: libc::RLIM_INFINITY,
-            rlim_max: libc::RLIM_INFINITY,
-        };
-        // SAFETY: writes to `limit` only; if it fails, that stays as it is.
-        unsafe { libc::getrlimit(libc::RLIMIT_STACK, &mut limit) };
-        if limit.rlim_cur == libc::RLIM_INFINITY {
-            return u32::MAX;
-        }
-        u32::try_from(limit.rlim_cur / STACK_PER_LAYER).unwrap_or(u32::MAX)
+/// The bytes of the stack that are taken, where that is too many to go on. What
+/// a layer takes depends on the compiler: 401 bytes with gcc 12 and -O2, three
+/// times as many without. A quarter more is for whatever goes down a chain with
+/// frames a little larger.
+fn too_much_stack() -> Option<usize> {
+    thread_local! {
+        // To find it out takes a look through all mappings of the process.
+        static STACK: OnceCell<Range<usize>> = const { OnceCell::new() };
+    }
+    STACK.with(|stack| {
+        let stack = stack.get_or_init(stack_of_thread);
+        let here = 0u8;
+        let here = ptr::from_ref(&here).addr();
+        // Not so on the stack of a coroutine, which nothing is known of.
+        let taken = stack.contains(&here).then(|| stack.end - here)?;
+        (taken + taken / 4 + RESERVE > stack.len()).then_some(taken)
     })
 }
 
-fn too_deep(layers: u32) -> Error {
+/// Where the stack of this thread may be; nowhere if that cannot be found out.
+fn stack_of_thread() -> Range<usize> {
+    let mut attributes = MaybeUninit::<libc::pthread_attr_t>::uninit();
+    let (mut low, mut size) = (ptr::null_mut(), 0);
+    // SAFETY: the first call fills `attributes` in or fails, in which case they
+    // are not looked at; the others get what it has filled in, once each.
+    unsafe {
+        if libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) != 0 {
+            return 0..0;
+        }
+        if libc::pthread_attr_getstack(attributes.as_ptr(), &mut low, &mut size) != 0 {
+            size = 0;
+        }
+        libc::pthread_attr_destroy(attributes.as_mut_ptr());
+    }
+    low.addr()..low.addr().saturating_add(size)
+}
+
+fn too_deep(layers: u32, taken: usize) -> Error {
     Error::new(
         libc::E2BIG,
         format!(
             "The chain has more than {layers} layers, and to open more takes more stack than \
-             the process may have; raise the limit with ulimit -s (1 MiB for each {}), or merge \
-             layers",
-            (1 << 20) / STACK_PER_LAYER
+             the process may have; raise the limit with ulimit -s (those opened took {} KiB), \
+             or merge layers",
+            taken >> 10
         ),
     )
 }
