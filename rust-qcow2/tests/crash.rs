@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use common::{PLAIN, Shape, WRITABLE, create, read, write, write_compressed};
 use proptest::prelude::*;
 use rust_qcow2::format::header::Encryption;
+use rust_qcow2::host::local::SharedBuf;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::host::{File, ZeroFlags};
 use rust_qcow2::image::check::Fix;
@@ -317,6 +318,45 @@ fn freed_clusters_are_not_shared_with_lazy_refcounts() {
                 f64::from(cut) / 40.0,
                 luck.wrapping_mul(0x9e37_79b9_7f4a_7c15),
             );
+        }
+    }
+}
+
+/// What a stream copies is durable below: nothing may be mapped instead of it
+/// before it is there, with lazy refcounts as well, whose blocks nothing waits
+/// for.
+#[test]
+fn what_is_copied_from_below_is_not_lost() {
+    const LEN: usize = 8 << 10;
+    let shape = Shape {
+        lazy_refcounts: true,
+        ..PLAIN
+    };
+    let base = MemoryFile::new(vec![7; SIZE as usize]);
+    let options = OptionRequest::default();
+    let file = create(shape, SIZE);
+    let image = common::open(&file, Some(&base), &options);
+    // Sets the dirty bit, which takes a flush, and makes the table.
+    write(&image, LEN as u64, &[8; 512]).unwrap();
+    image.flush().unwrap();
+    let start = file.bytes();
+    let _ = file.take_events();
+
+    let memory = parking_lot::Mutex::new(vec![7; LEN]);
+    let buf = SharedBuf(&memory);
+    image
+        .write_unchanged(GuestOffset(0), LEN as u64, buf, 0)
+        .unwrap();
+    image.flush().unwrap();
+    file.flush().unwrap();
+    let events = file.take_events();
+
+    for end in 0..=events.len() {
+        for turn in 0..32u64 {
+            let mut luck = turn.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let bytes = common::crashed(&start, &events[..end], || common::coin(&mut luck));
+            let after = common::open(&MemoryFile::new(bytes), Some(&base), &options);
+            assert!(read(&after, 0, LEN) == [7; LEN], "{end}, {turn}");
         }
     }
 }

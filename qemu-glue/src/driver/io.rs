@@ -68,13 +68,17 @@ pub(super) unsafe extern "C" fn pwritev_part(
     bytes: i64,
     qiov: *mut sys::QEMUIOVector,
     qiov_offset: usize,
-    _flags: sys::BdrvRequestFlags,
+    flags: sys::BdrvRequestFlags,
 ) -> c_int {
     // SAFETY: as for `preadv_part`.
     unsafe {
         change(bs, |image| {
             let (offset, len) = range(offset, bytes)?;
-            image.write(offset, len, Qiov::new(qiov), qiov_offset)
+            let qiov = Qiov::new(qiov);
+            if flags & sys::BDRV_REQ_WRITE_UNCHANGED != 0 {
+                return image.write_unchanged(offset, len, qiov, qiov_offset);
+            }
+            image.write(offset, len, qiov, qiov_offset)
         })
     }
 }

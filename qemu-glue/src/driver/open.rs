@@ -113,6 +113,8 @@ pub(super) unsafe fn publish(bs: *mut sys::BlockDriverState, image: &Image<Qemu>
         } else {
             0
         };
+        // What copy-on-read and block-stream write.
+        (*bs).supported_write_flags = sys::BDRV_REQ_WRITE_UNCHANGED;
         (*bs).supported_truncate_flags = sys::BDRV_REQ_ZERO_WRITE;
         let name = info.backing_file.as_deref().unwrap_or_default();
         // Where nothing has changed the block layer knows better than the

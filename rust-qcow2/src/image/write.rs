@@ -16,6 +16,15 @@ use crate::units::{GuestOffset, HostOffset, round_up};
 /// The largest part of a write that is treated as one, in bytes.
 const MAX_ALLOCATION: u64 = 1 << 30;
 
+/// Where what is written comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// The guest, which flushes what it wants to keep.
+    Guest,
+    /// The layers below, where it may have been flushed.
+    Below,
+}
+
 /// A part of a write: a run of host bytes.
 pub(super) struct Piece<'a, H: Host> {
     pub(super) guest: GuestOffset,
@@ -66,6 +75,33 @@ impl<H: Host> Image<H> {
         buf: GuestBuf<'_, H>,
         at: usize,
     ) -> Result<()> {
+        self.write_from(guest, len, buf, at, Source::Guest)
+    }
+
+    /// The same with what the guest reads there already, as copied from the
+    /// layers below, where it is durable: so a crash must not leave a mapping
+    /// to a place that it has not reached.
+    ///
+    /// # Errors
+    /// As for [`Image::write`].
+    pub fn write_unchanged(
+        &self,
+        guest: GuestOffset,
+        len: u64,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+    ) -> Result<()> {
+        self.write_from(guest, len, buf, at, Source::Below)
+    }
+
+    fn write_from(
+        &self,
+        guest: GuestOffset,
+        len: u64,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+        source: Source,
+    ) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
@@ -76,7 +112,7 @@ impl<H: Host> Image<H> {
                 return self.write_data_guest(guest, host, buf, at, len as usize);
             }
         }
-        self.write_mapped(guest, len, buf, at)
+        self.write_mapped(guest, len, buf, at, source)
     }
 
     /// Where `len` bytes can be written as they are, known without lock and I/O.
@@ -97,6 +133,7 @@ impl<H: Host> Image<H> {
         mut len: u64,
         buf: GuestBuf<'_, H>,
         mut at: usize,
+        source: Source,
     ) -> Result<()> {
         let mut failure = None;
         let mut after = None;
@@ -124,16 +161,22 @@ impl<H: Host> Image<H> {
                 }
             }
             drop(st);
-            let result = self.run_pieces(pieces, buf, begin);
+            let result = self.run_pieces(pieces, buf, begin, source);
             failure = failure.or(result.err());
         }
         failure.map_or(Ok(()), Err)
     }
 
     /// Writes pieces that follow each other in the guest's memory from `at` on.
-    fn run_pieces(&self, pieces: Vec<Piece<'_, H>>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
+    fn run_pieces(
+        &self,
+        pieces: Vec<Piece<'_, H>>,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+        source: Source,
+    ) -> Result<()> {
         if pieces.len() <= 1 {
-            return self.run_batch(pieces, buf, at);
+            return self.run_batch(pieces, buf, at, source);
         }
         let mut batches: Vec<Vec<Piece<'_, H>>> = Vec::new();
         for piece in pieces {
@@ -153,7 +196,7 @@ impl<H: Host> Image<H> {
                 let at = next;
                 next += batch.iter().map(|piece| piece.len as usize).sum::<usize>();
                 Box::new(move || {
-                    if let Err(error) = self.run_batch(batch, buf, at) {
+                    if let Err(error) = self.run_batch(batch, buf, at, source) {
                         failure.lock().get_or_insert(error);
                     }
                     Ok(())
@@ -319,8 +362,16 @@ impl<H: Host> Image<H> {
     }
 
     /// Writes pieces that follow each other in the file as well.
-    fn run_batch(&self, pieces: Vec<Piece<'_, H>>, buf: GuestBuf<'_, H>, at: usize) -> Result<()> {
-        let result = self.write_pieces(&pieces, buf, at);
+    fn run_batch(
+        &self,
+        pieces: Vec<Piece<'_, H>>,
+        buf: GuestBuf<'_, H>,
+        at: usize,
+        source: Source,
+    ) -> Result<()> {
+        let result = self
+            .write_pieces(&pieces, buf, at)
+            .map(|copied| copied || source == Source::Below);
         // What this request frees need not wait for this request.
         let allocations: Vec<_> = pieces
             .into_iter()
