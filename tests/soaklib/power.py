@@ -193,7 +193,7 @@ class Round:
                 file.write(disk.after(moment, lambda ended: killed and ended or self.rng.random() < share))
         for number in range(len(self.disks)):
             self.check(self.file(f'l{number}'))
-        top = self.tops[bisect.bisect(self.tops, (moment, len(self.disks))) - 1][1]
+        top = self.tops[bisect.bisect([began for began, _ in self.tops], moment) - 1][1]
         if top is None:
             return
         done = self.stock('qemu-img', 'convert', '-f', 'qcow2', '-O', 'raw', self.file(f'l{top}'), self.file('raw'),
