@@ -4,7 +4,9 @@
 //! never a reference to a cluster that may be given to somebody else, nor a
 //! mapping to data that were not written. So, of what one operation changes:
 //!
-//! 1. guest data and copied data come before the L2 entries that point there;
+//! 1. data come before the L2 entries that point there: copied data always, as
+//!    they were durable where they came from; the guest's, which it flushes if
+//!    it wants to keep them, with the flush that rule 2 takes;
 //! 2. refcounts that grow come before the L2 entries that need them;
 //! 3. L2 entries that let a cluster go come before the refcounts that shrink,
 //!    and before anything is written there for somebody else;
