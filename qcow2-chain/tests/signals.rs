@@ -13,8 +13,12 @@ use common::{calibration, json, name, qemu};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 
+/// In the background of a shell, and under nohup, signals are ignored, which
+/// the program inherits and leaves so.
 fn start(args: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_qcow2-chain"))
+    Command::new("env")
+        .arg("--default-signal=HUP,INT,TERM")
+        .arg(env!("CARGO_BIN_EXE_qcow2-chain"))
         .args(args)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
