@@ -84,8 +84,8 @@ impl Lineage {
 }
 
 /// The bytes of the stack that are taken, where that is too many to go on. What
-/// a layer takes depends on the compiler: 401 bytes with gcc 12 and -O2, three
-/// times as many without. A quarter more is for whatever goes down a chain with
+/// a layer takes depends on the compiler: 401 bytes with gcc 12 and -O2, more
+/// than 512 without. A quarter more is for whatever goes down a chain with
 /// frames a little larger.
 fn too_much_stack() -> Option<usize> {
     thread_local! {
