@@ -120,8 +120,7 @@ class Disk(threading.Thread):
         # Its length is kept: unpatched QEMU's repair stumbles over entries that point past the end of a file.
         length = max([len(self.first)] + [change.offset + len(change.data) for change in begun])
         content = bytearray(self.first) + bytes(length - len(self.first))
-        ended = [began for began, ended in self.flushes if ended <= moment]
-        flushed = max(ended, default=-1) if not self.liar else -1
+        flushed = -1 if self.liar else last_flush(self.flushes, moment)
         for change in sorted(begun, key=lambda change: change.ended):
             start, end = change.offset, change.offset + len(change.data)
             if change.ended <= flushed:
@@ -134,6 +133,11 @@ class Disk(threading.Thread):
                     content[at:to] = change.data[at - start:to - start]
                 at = to
         return content
+
+
+def last_flush(flushes, moment):
+    """When the last flush began that had ended at that moment: what had ended before is kept."""
+    return max((began for began, ended in flushes if ended <= moment), default=-1)
 
 
 def receive(sock, length):

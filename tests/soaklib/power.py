@@ -10,7 +10,7 @@ import time
 
 from . import nbd
 from .daemon import Daemon, Failure
-from .disk import SECTOR, Disk
+from .disk import SECTOR, Disk, last_flush
 from .power_work import OFFLINE, Writer, live
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -146,8 +146,8 @@ class Round:
                 self.daemon.quit()
         finally:
             self.daemon.kill()
-        for _ in range(self.rng.randint(1, 6) if offline else 0):
-            self.rng.choice(OFFLINE)(self)
+        if offline:
+            self.offline()
         self.end = next(self.clock)
         for _, disk in self.files():
             disk.close()
@@ -181,6 +181,14 @@ class Round:
             self.changes += writer.changes
             self.flushes += writer.flushes
         self.changes.sort(key=lambda change: change.began)
+
+    def offline(self):
+        """Tools, on the top alone: what is below they find in files, by the names in the headers."""
+        for path, disk in self.files():
+            with open(path, 'wb') as file:
+                file.write(disk.content)
+        for _ in range(self.rng.randint(1, 6)):
+            self.rng.choice(OFFLINE)(self)
 
     # Afterwards
 
@@ -217,7 +225,7 @@ class Round:
 
     def compare(self, found, moment):
         """What is read, beside what was flushed; what was under way may be there or not."""
-        flushed = max((began for began, ended in self.flushes if ended <= moment), default=-1)
+        flushed = last_flush(self.flushes, moment)
         expected = bytearray(self.before)
         doubtful, discarded = bytearray(len(expected) // SECTOR), bytearray(len(expected) // SECTOR)
         for change in self.changes:

@@ -174,10 +174,6 @@ def delete_internal(chain):
 
 def tool(chain, *words, may_fail=True):
     """Runs qemu-img of the driver on the top, which NAME stands for."""
-    for path, disk in chain.files():
-        # The layers below are the files that have their names in the headers.
-        with open(path, 'wb') as file:
-            file.write(disk.content)
     name = 'json:' + json.dumps(chain.image(chain.layers[-1]))
     command = [os.path.join(chain.args.bin, 'qemu-img'), *(name if word == 'NAME' else word for word in words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
