@@ -6,10 +6,9 @@ mod common;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use common::{expect, json, name, same_shape};
+use common::{Daemon, expect, json, name, same_shape};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
@@ -155,16 +154,6 @@ fn a_socket_in_use() {
     });
 }
 
-/// Ends the process with the test.
-struct Daemon(Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn the_storage_daemon() {
     let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../build/bin/qemu-storage-daemon");
@@ -173,31 +162,17 @@ fn the_storage_daemon() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (chain, socket) = (name(&dir.path().join("c")), name(&dir.path().join("qmp")));
+    let chain = name(&dir.path().join("c"));
     let report = json(0, &["build", "--layers", "20", "--disk", "64M", &chain]);
     let top = report["top"].as_str().unwrap();
-    let child = Command::new(program)
-        .arg("--blockdev")
-        .arg(format!(
-            "driver=rqcow2,node-name=disk,file.driver=file,file.filename={top}"
-        ))
-        .arg("--chardev")
-        .arg(format!("socket,path={socket},server=on,wait=off,id=qmp"))
-        .args(["--monitor", "chardev=qmp"])
-        .spawn()
-        .unwrap();
-    let _daemon = Daemon(child);
-    for _ in 0..200 {
-        if Path::new(&socket).exists() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let sample = json(0, &["top", "--count", "1", &socket]);
+    let disk = format!("driver=rqcow2,node-name=disk,file.driver=file,file.filename={top}");
+    let daemon = Daemon::new(&program, dir.path(), &["--blockdev".into(), disk]);
+    let socket = &daemon.socket;
+    let sample = json(0, &["top", "--count", "1", socket]);
     assert_eq!(sample["chains"][0]["node"], "disk", "{sample}");
     assert_eq!(sample["chains"].as_array().unwrap().len(), 1);
     assert_eq!(sample["chains"][0]["driver"]["layers"], 20);
-    let text = expect(0, &["metrics", &socket]);
+    let text = expect(0, &["metrics", socket]);
     assert!(
         text.contains("rqcow2_chain_layers{node=\"disk\"} 20\n"),
         "{text}"

@@ -5,10 +5,8 @@ mod common;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command};
-use std::time::Duration;
 
-use common::{backing_name, expect, json, layers, name, qemu, run};
+use common::{Daemon, backing_name, expect, json, layers, name, qemu, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -27,76 +25,46 @@ fn six_layers() -> Option<(TempDir, String, String)> {
     Some((dir, top, raw))
 }
 
-/// A storage daemon; killed if a test fails.
-struct Daemon {
-    child: Child,
-    socket: String,
+/// The unpatched storage daemon, in `dir`.
+fn daemon(dir: &Path, args: &[String]) -> Daemon {
+    Daemon::new(&qemu("qemu-storage-daemon").unwrap(), dir, args)
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Daemon {
-    /// In `dir`, with these arguments.
-    fn new(dir: &Path, args: &[String]) -> Self {
-        let socket = name(&dir.join("qmp"));
-        let child = Command::new(qemu("qemu-storage-daemon").unwrap())
-            .args(args)
-            .arg("--chardev")
-            .arg(format!("socket,path={socket},server=on,wait=off,id=qmp"))
-            .args(["--monitor", "chardev=qmp"])
-            .current_dir(dir)
-            .spawn()
-            .unwrap();
-        for _ in 0..200 {
-            if Path::new(&socket).exists() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Self { child, socket }
-    }
-
-    /// Each layer a node `n0` to `n5` of its own, by a name from `dir`, and a
-    /// filter above them.
-    fn node_by_node(dir: &Path) -> Self {
-        let mut args = vec!["--object".into(), "throttle-group,id=g".into()];
-        for (at, file) in FILES.iter().enumerate() {
-            let backing = at
-                .checked_sub(1)
-                .map_or("null".into(), |b| format!("\"n{b}\""));
-            args.push("--blockdev".into());
-            args.push(format!(
-                r#"{{"driver": "qcow2", "node-name": "n{at}", "read-only": {}, "backing": {backing},
-                "file": {{"driver": "file", "filename": "{file}"}}}}"#,
-                at < 5
-            ));
-        }
+/// Each layer a node `n0` to `n5` of its own, by a name from `dir`, and a
+/// filter above them.
+fn node_by_node(dir: &Path) -> Daemon {
+    let mut args = vec!["--object".into(), "throttle-group,id=g".into()];
+    for (at, file) in FILES.iter().enumerate() {
+        let backing = at
+            .checked_sub(1)
+            .map_or("null".into(), |b| format!("\"n{b}\""));
         args.push("--blockdev".into());
-        args.push("driver=throttle,node-name=disk,throttle-group=g,file=n5".into());
-        Self::new(dir, &args)
+        args.push(format!(
+            r#"{{"driver": "qcow2", "node-name": "n{at}", "read-only": {}, "backing": {backing},
+            "file": {{"driver": "file", "filename": "{file}"}}}}"#,
+            at < 5
+        ));
     }
+    args.push("--blockdev".into());
+    args.push("driver=throttle,node-name=disk,throttle-group=g,file=n5".into());
+    daemon(dir, &args)
+}
 
-    /// Carries the merges out and ends.
-    fn carry_out(mut self, plan: &Value) {
-        let mut qmp = Qmp::connect(&self.socket);
-        for merge in plan["merges"].as_array().unwrap() {
-            for command in merge["commands"]["qmp"].as_array().unwrap() {
-                let command = command.as_str().unwrap();
-                if command.contains("job-complete") {
-                    qmp.until("BLOCK_JOB_READY");
-                }
-                qmp.send(command);
+/// Carries the merges out and ends the daemon.
+fn carry_out(mut daemon: Daemon, plan: &Value) {
+    let mut qmp = Qmp::connect(&daemon.socket);
+    for merge in plan["merges"].as_array().unwrap() {
+        for command in merge["commands"]["qmp"].as_array().unwrap() {
+            let command = command.as_str().unwrap();
+            if command.contains("job-complete") {
+                qmp.until("BLOCK_JOB_READY");
             }
-            qmp.until("BLOCK_JOB_COMPLETED");
+            qmp.send(command);
         }
-        qmp.send(r#"{"execute": "quit"}"#);
-        assert!(self.child.wait().unwrap().success());
+        qmp.until("BLOCK_JOB_COMPLETED");
     }
+    qmp.send(r#"{"execute": "quit"}"#);
+    assert!(daemon.child.wait().unwrap().success());
 }
 
 struct Qmp {
@@ -150,10 +118,10 @@ fn merged_by_nodes() {
             return;
         };
         let place = name(dir.path());
-        let daemon = Daemon::node_by_node(dir.path());
+        let daemon = node_by_node(dir.path());
         let words = ["plan", "--allow", &place, "--qmp", &daemon.socket];
         let plan = json(0, &[&words[..], args, &[&top]].concat());
-        daemon.carry_out(&plan);
+        carry_out(daemon, &plan);
         let top = name(&dir.path().join(FILES[left]));
         assert_eq!(backing_name(&top), recorded, "{args:?}");
         let img = qemu("qemu-img").unwrap();
@@ -190,7 +158,7 @@ fn nodes_that_are_not_the_chain() {
         expect(code, &[&words[..], more, &[&top]].concat())
     };
     {
-        let daemon = Daemon::new(dir.path(), &[node("x", ""), node("y", "")].concat());
+        let daemon = daemon(dir.path(), &[node("x", ""), node("y", "")].concat());
         let told = plan(&daemon.socket, &[], 1);
         assert!(told.contains("--device which one: x, y"), "{told}");
         let told = plan(&daemon.socket, &["--device", "y"], 0);
@@ -200,12 +168,12 @@ fn nodes_that_are_not_the_chain() {
     }
     std::fs::remove_file(dir.path().join("qmp")).unwrap();
     {
-        let daemon = Daemon::new(dir.path(), &node("x", r#", "backing": null"#));
+        let daemon = daemon(dir.path(), &node("x", r#", "backing": null"#));
         let told = plan(&daemon.socket, &[], 1);
         assert!(told.contains("below node x the image at depth 1"), "{told}");
     }
     std::fs::remove_file(dir.path().join("qmp")).unwrap();
-    let daemon = Daemon::new(dir.path(), &[]);
+    let daemon = daemon(dir.path(), &[]);
     let told = plan(&daemon.socket, &[], 1);
     assert!(told.contains("no node has"), "{told}");
 }

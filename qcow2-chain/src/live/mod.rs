@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use crate::cli::{Metrics, Output, Top};
 use crate::text::{self, bytes, percent, printable};
 pub use qmp::Qmp;
+pub use sample::items;
 use sample::{ChainSample, Sample};
 
 /// Carries `metrics` out.

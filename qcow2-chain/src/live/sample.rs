@@ -116,7 +116,8 @@ impl Sample {
     }
 }
 
-fn items(value: &Value) -> impl Iterator<Item = &Value> {
+/// What is in a list; nothing if it is none.
+pub fn items(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 

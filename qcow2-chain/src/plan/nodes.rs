@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::chain::{Chain, Layer};
-use crate::live::Qmp;
+use crate::live::{Qmp, items};
 
 /// Nodes that a walk follows in one direction at most: filters above the top
 /// or between two layers.
@@ -70,10 +70,8 @@ struct Node {
 
 impl Graph {
     fn new(listed: &Value, links: &Value, home: Option<PathBuf>) -> Self {
-        let items = |value: &Value| value.as_array().cloned().unwrap_or_default();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let mut facts: HashMap<String, (String, String)> = items(listed)
-            .iter()
             .map(|node| {
                 let told = (text(&node["drv"]), text(&node["file"]));
                 (text(&node["node-name"]), told)

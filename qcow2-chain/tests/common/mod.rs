@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
+use std::time::Duration;
 
 use rust_qcow2::format::extension::Extensions;
 use rust_qcow2::format::header::{Autoclear, Compatible, Header, Incompatible};
@@ -189,6 +190,42 @@ pub fn backing_name(image: &str) -> Value {
     let info = run(&qemu("qemu-img").unwrap(), &info);
     let mut info: Value = serde_json::from_str(&info).unwrap();
     info["backing-filename"].take()
+}
+
+/// A storage daemon; killed with the test.
+pub struct Daemon {
+    pub child: Child,
+    /// Where its monitor is.
+    pub socket: String,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Daemon {
+    /// Starts the program in `dir`, with these arguments and a monitor.
+    pub fn new(program: &Path, dir: &Path, args: &[String]) -> Self {
+        let socket = name(&dir.join("qmp"));
+        let child = Command::new(program)
+            .args(args)
+            .arg("--chardev")
+            .arg(format!("socket,path={socket},server=on,wait=off,id=qmp"))
+            .args(["--monitor", "chardev=qmp"])
+            .current_dir(dir)
+            .spawn()
+            .unwrap();
+        for _ in 0..200 {
+            if Path::new(&socket).exists() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Self { child, socket }
+    }
 }
 
 /// A path as an argument.
