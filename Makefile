@@ -2,7 +2,7 @@
 # alone; each script says in its head what it does and which environment
 # variables it knows. Parallelism: RQCOW2_JOBS, default all CPUs.
 
-.PHONY: help deps build tool stock plain demo check iotests iotests-all bench study soak clean
+.PHONY: help deps build tool stock plain demo install check iotests iotests-all bench study soak clean
 
 help:
 	@echo 'make demo     from nothing to a guest on a chain of 300 layers, and what it costs'
@@ -21,6 +21,7 @@ help:
 	@echo 'make build    the patched programs, in build/bin'
 	@echo 'make tool     qcow2-chain, its man pages and completions, in build/bin and build/share'
 	@echo 'make stock    the unpatched programs, same configuration, in build/stock/bin'
+	@echo 'make install  programs, firmware and qcow2-chain below PREFIX, default /opt/rqcow2'
 	@echo 'make plain    the patched tree with the driver left out, in build/plain/bin'
 	@echo 'make clean    removes build/ and target/; the cache stays'
 	@echo
@@ -40,6 +41,9 @@ stock: deps
 
 plain: deps
 	ci/build plain
+
+install: deps
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' ci/install
 
 demo:
 	ci/demo
