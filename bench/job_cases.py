@@ -129,7 +129,7 @@ def stream(bench):
         'stream': lambda: streamed(bench.ours, deep),
         'convert': lambda: timed(bench.stock, 'qemu-img', 'convert', '-f', 'qcow2', '-O', 'qcow2',
                                  flat.top, out),
-        'flat': lambda: streamed(bench.stock, flat)}, bench.few)
+        'flat': lambda: streamed(bench.stock, flat)}, bench.rounds)
     os.remove(out)
     yield Row('block-stream, depth 1000: against qemu-img convert of one image', 's',
               samples['stream'], samples['convert'], most=1.3)

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use rust_qcow2::host::ZeroFlags;
 use rust_qcow2::host::local::SharedBuf;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
-use rust_qcow2::image::{Image, OptionRequest};
+use rust_qcow2::image::{Image, OptionRequest, StatusKind};
 use rust_qcow2::units::GuestOffset;
 
 const PLAIN: Shape = common::PLAIN;
@@ -136,6 +136,33 @@ fn an_unreadable_layer_hides_nothing_above() {
         }
         file.set_unreadable(false);
         assert!((1..=5).all(is_readable));
+    }
+}
+
+/// What is not in the top is told for some clusters at once, though each comes
+/// from another layer, and not for all of the disk each time.
+#[test]
+fn what_several_layers_have_is_told_at_once() {
+    let cluster = 1 << PLAIN.cluster_bits;
+    let size = 32 * cluster;
+    let layer = |below, number| {
+        let image = overlay(&create(PLAIN, size), below, None);
+        write(&image, number * cluster, &[1]).unwrap();
+        Some(Arc::new(image))
+    };
+    let below = (0..32).fold(None, layer);
+    let top = overlay(&create(PLAIN, size), below, None);
+    // The index learns of all.
+    read(&top, 0, size as usize);
+    for start in [0, 3 * cluster, 3 * cluster + 512] {
+        let status = top.block_status(GuestOffset(start), size - start).unwrap();
+        assert_eq!(status.kind, StatusKind::Unallocated { host: None });
+        let end = start + status.len;
+        assert_eq!(end % cluster, 0);
+        assert!(
+            (8..=9).contains(&status.len.div_ceil(cluster)),
+            "{status:?}"
+        );
     }
 }
 

@@ -8,6 +8,11 @@ use crate::format::subclusters::Part;
 use crate::host::{Content, File, Host};
 use crate::units::{ClusterIndex, GuestOffset, HostOffset, round_up};
 
+/// Clusters that are looked at where this image has nothing, even if the layers
+/// below have different ones: 512 KiB of the usual size, which a stream copies at
+/// once.
+const CLUSTERS_AHEAD: u64 = 8;
+
 /// A range of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockStatus {
@@ -84,13 +89,16 @@ impl<H: Host> Image<H> {
     /// How many of `len` bytes are to be looked at where this image has nothing
     /// at `guest`. The next question is what the layers below have: with data in
     /// many of them the answer is short, and to find the end of what is not here
-    /// each time would take the square of the number of clusters. Whole clusters
-    /// of this image, whatever theirs are: copy-on-read depends on that.
+    /// each time would take the square of the number of clusters. A few more,
+    /// though, for those who copy what several layers have in one request.
+    /// Whole clusters of this image, whatever theirs are: copy-on-read depends
+    /// on that.
     fn worth_asking(&self, guest: GuestOffset, len: u64) -> u64 {
+        let cluster_bits = self.geometry.cluster_bits;
         match self.known_below(guest, len) {
             Some(known) => {
-                let end = round_up(guest.0 + known, self.geometry.cluster_bits);
-                len.min(end - guest.0)
+                let known = known.max(CLUSTERS_AHEAD << cluster_bits);
+                len.min(round_up(guest.0 + known, cluster_bits) - guest.0)
             }
             None => len,
         }
