@@ -62,6 +62,29 @@ impl Chain {
         content
     }
 
+    /// Who has to be asked next, below a layer: nobody is left out that has any
+    /// of the bytes.
+    fn ask(&self, layer: usize, start: u64, len: u64) {
+        let Some(next) = self.layers[layer]
+            .next_layer(GuestOffset(start), len, None)
+            .unwrap()
+        else {
+            return;
+        };
+        assert!((1..=len).contains(&next.len));
+        let first = layer - 1;
+        let at = first - next.skipped;
+        assert!(Arc::ptr_eq(&next.layer, &self.layers[at]));
+        for (left_out, own) in self.own.iter().enumerate().take(layer).skip(at + 1) {
+            let from = start as usize;
+            let bytes = own.get(from..from + next.len as usize);
+            assert!(
+                bytes.is_some_and(|bytes| bytes.iter().all(Option::is_none)),
+                "layer {left_out} of {layer} at {start}"
+            );
+        }
+    }
+
     /// Bytes that a layer gets itself when it is written: whole clusters or
     /// subclusters, with the content they had.
     fn take(&mut self, layer: usize, start: u64, len: u64) {
@@ -192,6 +215,7 @@ proptest! {
                     let size = chain.layers[layer].size();
                     let at = at % size;
                     let len = len.min(size - at) as usize;
+                    chain.ask(layer, at, len as u64);
                     let expected = chain.content(layer);
                     let at_bytes = at as usize;
                     let got = read(&chain.layers[layer], at, len);

@@ -13,6 +13,7 @@ use rust_qcow2::host::Preallocation;
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::image::snapshots::NewSnapshot;
 use rust_qcow2::image::{Image, OptionRequest};
+use rust_qcow2::units::GuestOffset;
 
 type Layer = Arc<TestImage>;
 
@@ -202,6 +203,61 @@ fn holes_are_not_asked_for_twice() {
     );
     // Found out without a walk: the reads are counted as ones that nobody has.
     assert_eq!(after.below_reads - before.below_reads, 10);
+}
+
+/// Jobs ask the top, which is read, and in turn the layer below it, which tells
+/// who has the data: they have one index, and each table is read once.
+#[test]
+fn a_layer_has_the_index_of_the_one_above() {
+    const TABLES: u64 = 32;
+    let (graph, table, depth) = (Graph::default(), 2 << 20, 20);
+    let size = TABLES * table;
+    let mut layers = Vec::new();
+    for number in 0..depth {
+        let below = layers.last().cloned();
+        let layer = graph.open(create(KIB4, size), below, None);
+        for at in (0..TABLES).map(|i| i * table + number * 4096) {
+            write(&layer, at, &[number as u8 + 1; 512]).unwrap();
+        }
+        layers.push(layer);
+    }
+    let last = &layers[layers.len() - 1];
+    let top = graph.on(last, size, None);
+    for at in (0..size).step_by(64 << 10) {
+        let next = last
+            .next_layer(GuestOffset(at), 4096, None)
+            .unwrap()
+            .unwrap();
+        let number = if at % table == 0 {
+            0
+        } else {
+            (at % table) / 4096
+        };
+        if number < depth - 1 {
+            assert_eq!(next.skipped as u64, depth - 2 - number);
+        }
+        let byte = if number < depth { number as u8 + 1 } else { 0 };
+        assert_eq!(read(&top, at, 512)[0], byte);
+    }
+    let reads = |image: &Layer| image.chain_statistics().table_reads;
+    let one_index = depth * TABLES..(depth + 1) * TABLES;
+    assert!(one_index.contains(&reads(&top)), "{}", reads(&top));
+    assert_eq!(reads(last), reads(&top));
+    // The same reads as the layer has them.
+    for number in 0..depth {
+        assert_eq!(read(last, number * 4096, 1), [number as u8 + 1]);
+    }
+    // A snapshot: the index moves on, and the layer gets one of its own.
+    let newer = graph.on(&top, size, None);
+    graph.changes();
+    read(&newer, 0, 512);
+    last.next_layer(GuestOffset(4096), 4096, None).unwrap();
+    assert!(one_index.contains(&reads(&newer)), "{}", reads(&newer));
+    assert!(
+        (1..depth * TABLES).contains(&reads(last)),
+        "{}",
+        reads(last)
+    );
 }
 
 /// The index of an image that is not on top any more goes, fitting or not.

@@ -35,6 +35,20 @@ pub(super) enum Resolved {
     Ask(usize),
 }
 
+impl Resolved {
+    /// The answer for the lowest `layers` > 0 layers alone: where one above
+    /// them has decided, the highest of them has to be asked.
+    #[inline]
+    pub(super) fn below(self, layers: usize) -> Self {
+        match self {
+            Self::Data(layer, _) | Self::Zero(layer) | Self::Ask(layer) if layer >= layers => {
+                Self::Ask(layers - 1)
+            }
+            other => other,
+        }
+    }
+}
+
 impl Entry {
     /// Not known yet. No resolved entry looks like this.
     pub(super) const UNDECIDED: Self = Self(u64::MAX);
@@ -102,6 +116,16 @@ mod tests {
             assert_eq!(entry.unpack(), resolved);
             assert_ne!(entry, Entry::UNDECIDED);
         }
+    }
+
+    #[test]
+    fn fewer_layers_ask_where_others_have_decided() {
+        let data = Resolved::Data(5, HostOffset(0x200));
+        assert_eq!(data.below(6), data);
+        assert_eq!(data.below(5), Resolved::Ask(4));
+        assert_eq!(Resolved::Zero(5).below(1), Resolved::Ask(0));
+        assert_eq!(Resolved::Ask(5).below(5), Resolved::Ask(4));
+        assert_eq!(Resolved::Below.below(1), Resolved::Below);
     }
 
     #[test]

@@ -75,12 +75,18 @@ impl<H: Host> View<H> {
     }
 
     /// Which slices to fill when `slot` is needed: it alone at first, its whole
-    /// neighbourhood for a scan and once another one there is known.
+    /// neighbourhood for a scan and once another one there is known. Not if the
+    /// image above has them already, whose index it is: that covers more.
     fn group(&self, index: &Index<H>, slot: u64, scan: bool) -> (u64, u64) {
         let first = slot / GROUP * GROUP;
         let count = GROUP.min(index.slots() - first);
-        let in_use = |slot| index.peek(slot).is_some();
-        if (scan || (first..first + count).any(in_use)) && !index.is_filling(first, count) {
+        let mut in_use = scan;
+        let mut known_above = false;
+        for slice in (first..first + count).filter_map(|slot| index.peek(slot)) {
+            in_use = true;
+            known_above |= slice.covers > self.layers.len();
+        }
+        if in_use && !known_above && !index.is_filling(first, count) {
             (first, count)
         } else {
             (slot, 1)

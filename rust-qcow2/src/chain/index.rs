@@ -134,6 +134,8 @@ pub(crate) struct Index<H: Host> {
     bits: u32,
     /// Guest bytes from here on are not indexed.
     end: u64,
+    /// Layers below the image that the index belongs to.
+    layers: AtomicUsize,
     /// The slice table, in pages that are made when they are first needed.
     pages: Box<[OnceLock<Page>]>,
     /// Layers have changed beyond recognition: not to be used any more.
@@ -176,12 +178,13 @@ struct Fill {
 impl<H: Host> Index<H> {
     /// An empty index for `end` bytes, one entry for `1 << bits` of them, whose
     /// slices are counted in `pool`.
-    pub(super) fn new(bits: u32, end: u64, pool: &Arc<Pool>) -> Arc<Self> {
+    pub(super) fn new(bits: u32, end: u64, layers: usize, pool: &Arc<Pool>) -> Arc<Self> {
         let slots = div_up(end, 1 << (bits + SLICE_BITS));
         let pages = div_up(slots, 1 << PAGE_BITS);
         let index = Arc::new(Self {
             bits,
             end,
+            layers: AtomicUsize::new(layers),
             pages: (0..pages).map(|_| OnceLock::new()).collect(),
             dead: AtomicBool::new(false),
             control: Mutex::new(Control {
@@ -224,6 +227,16 @@ impl<H: Host> Index<H> {
         }
         let member: Weak<Self> = Arc::downgrade(self);
         pool.join(member);
+    }
+
+    /// Layers below the image that the index belongs to.
+    pub(super) fn layers(&self) -> usize {
+        self.layers.load(Ordering::SeqCst)
+    }
+
+    /// The index belongs to the image above from now on.
+    pub(super) fn move_up(&self) {
+        self.layers.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Number of slices that are filled.
@@ -270,22 +283,16 @@ impl<H: Host> Index<H> {
         Some(&page[slot as usize & ((1 << PAGE_BITS) - 1)])
     }
 
-    /// The slice in a slot, if it is there and covers `layers` layers.
+    /// The slice in a slot, if it is there and covers `layers` layers, and
+    /// perhaps more: see [`Resolved::below`].
     #[inline]
     pub(super) fn get(&self, slot: u64, layers: usize) -> Option<Guard<Option<Arc<Slice>>>> {
         let guard = self.slot(slot)?.load();
         let slice = guard.as_ref()?;
-        if slice.covers != layers {
+        if slice.covers < layers {
             return None;
         }
         slice.touch();
-        Some(guard)
-    }
-
-    /// The slice in a slot, if it is there and covers layer number `layer`.
-    pub(super) fn get_above(&self, slot: u64, layer: usize) -> Option<Guard<Option<Arc<Slice>>>> {
-        let guard = self.slot(slot)?.load();
-        guard.as_ref().filter(|slice| slice.covers > layer)?;
         Some(guard)
     }
 

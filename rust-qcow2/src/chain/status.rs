@@ -108,7 +108,7 @@ impl<H: Host> Index<H> {
         let (slot, at) = self.position(guest);
         let guard = self.get(slot, layers)?;
         let slice = guard.as_ref()?;
-        let target = |entry: Entry| match entry.unpack() {
+        let target = |entry: Entry| match entry.unpack().below(layers) {
             Resolved::Data(layer, _) | Resolved::Zero(layer) => Some(layer.max(lowest)),
             Resolved::Below => Some(lowest),
             Resolved::Ask(_) => None,
@@ -117,7 +117,7 @@ impl<H: Host> Index<H> {
         let mut covered = (1 << bits) - guest.within(bits);
         let first = slice.get(at);
         let Some(layer) = target(first) else {
-            let Resolved::Ask(layer) = first.unpack() else {
+            let Resolved::Ask(layer) = first.unpack().below(layers) else {
                 return None;
             };
             return Some((Target::AskFrom(layer), covered.min(len)));

@@ -1,5 +1,6 @@
 //! What an image knows of the layers below it, and they of it.
 
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -30,6 +31,8 @@ pub(crate) struct View<H: Host> {
     /// What layers tell of their changes: see [`View::index`]. `None` without
     /// layers.
     watch: Option<Arc<Index<H>>>,
+    /// That index belongs to the image above.
+    borrowed: bool,
     /// Numbers of the layers, by their addresses; made when first needed.
     pub(super) positions: OnceLock<FxHashMap<usize, usize>>,
 }
@@ -42,6 +45,7 @@ impl<H: Host> View<H> {
             places: Vec::new(),
             end: 0,
             watch: None,
+            borrowed: false,
             positions: OnceLock::new(),
         })
     }
@@ -50,6 +54,11 @@ impl<H: Host> View<H> {
     #[inline]
     pub(crate) fn index(&self) -> Option<&Arc<Index<H>>> {
         self.watch.as_ref().filter(|index| index.is_of_use())
+    }
+
+    /// The same, but for the index of the image above, which looks after it.
+    pub(crate) fn own_index(&self) -> Option<&Arc<Index<H>>> {
+        self.index().filter(|_| !self.borrowed)
     }
 
     fn is_current(&self, generation: u64) -> bool {
@@ -95,7 +104,7 @@ impl<H: Host> Links<H> {
     fn add_watcher(&self, index: &Arc<Index<H>>, number: usize) {
         let mut watchers = self.watchers.write();
         watchers.retain(|(known, _)| {
-            known.strong_count() > 0 && !std::ptr::eq(known.as_ptr(), Arc::as_ptr(index))
+            known.strong_count() > 0 && !ptr::eq(known.as_ptr(), Arc::as_ptr(index))
         });
         watchers.push((Arc::downgrade(index), number));
         self.watched.store(true, Ordering::SeqCst);
@@ -132,6 +141,34 @@ impl<H: Host> Links<H> {
         watchers
             .iter()
             .find_map(|(index, number)| index.upgrade()?.data_of(*number, guest, len))
+    }
+
+    /// The index of the image above, if that has this image as its last layer,
+    /// with just these `layers` below, and serves for the `end` bytes of them as
+    /// well. Jobs that ask both images in turn, as a stream does, need one index
+    /// then.
+    fn index_above(&self, layers: &[Arc<Image<H>>], end: u64) -> Option<Arc<Index<H>>> {
+        if layers.is_empty() {
+            return None;
+        }
+        let watchers = self.watchers.read();
+        let mut indexes = watchers.iter().filter_map(|(index, number)| {
+            let index = index.upgrade()?;
+            (*number == layers.len() && index.layers() == layers.len() + 1).then_some(index)
+        });
+        indexes.find(|index| {
+            let watches = |(layer, number): (&Arc<Image<H>>, usize)| {
+                let watchers = layer.links().watchers.read();
+                let mut numbers = watchers.iter();
+                numbers.any(|(by, as_number)| {
+                    *as_number == number && ptr::eq(by.as_ptr(), Arc::as_ptr(index))
+                })
+            };
+            index.is_of_use()
+                && index.is_alive()
+                && index.end() >= end
+                && layers.iter().zip(0..).all(watches)
+        })
     }
 
     /// Tells those who have looked this image up that `len` guest bytes from
@@ -205,7 +242,12 @@ impl<H: Host> Image<H> {
         for layer in &layers {
             layer.join_pool(&pool);
         }
-        let watch = if old.generation.is_some() && alive && old.has_layers(&layers) {
+        let above = links.index_above(&layers, end);
+        let borrowed = above.is_some();
+        let keep = old.generation.is_some() && alive && !old.borrowed && old.has_layers(&layers);
+        let watch = if borrowed {
+            above
+        } else if keep {
             if let Some(index) = &old.watch {
                 index.move_to(&pool);
             }
@@ -227,6 +269,7 @@ impl<H: Host> Image<H> {
             layers,
             end,
             watch,
+            borrowed,
             positions: OnceLock::new(),
         }));
     }
@@ -246,18 +289,19 @@ impl<H: Host> Image<H> {
         let bits = bits.min()?;
         let possible = layers.len() < MAX_LAYERS && Index::<H>::fits(bits, end);
         let before = last.links().view.load_full();
-        if let Some(index) = before.index() {
+        if let Some(index) = before.own_index() {
             let fits = index.bits() == bits && index.end() >= end && index.is_alive();
             if possible && fits && before.has_layers(rest) {
                 last.links().forget_view();
                 index.move_to(pool);
+                index.move_up();
                 last.links().add_watcher(index, rest.len());
                 return Some(Arc::clone(index));
             }
             // It would go on taking memory for what is asked up here from now on.
             last.links().forget_view();
         }
-        let index = Index::new(bits, if possible { end } else { 0 }, pool);
+        let index = Index::new(bits, if possible { end } else { 0 }, layers.len(), pool);
         for (number, layer) in layers.iter().enumerate() {
             layer.links().add_watcher(&index, number);
         }

@@ -274,11 +274,11 @@ impl Known {
 
 impl<H: Host> Index<H> {
     /// What the `len` > 0 bytes at `guest` are, as far as one run goes; `None`
-    /// where the index does not know it for `layers` layers.
+    /// where the index does not know it for the lowest `layers` layers.
     #[inline]
     pub(super) fn look_up(&self, guest: GuestOffset, len: u64, layers: usize) -> Option<Known> {
         let (slot, _) = self.position(guest);
-        self.run_in(self.get(slot, layers)?, guest, len)
+        self.run_in(self.get(slot, layers)?, guest, len, layers)
     }
 
     /// Where data are, `len` > 0 bytes at `guest` as far as one run goes, that
@@ -291,7 +291,7 @@ impl<H: Host> Index<H> {
     ) -> Option<(HostOffset, u64)> {
         let len = len.min(self.end().checked_sub(guest.0)?);
         let (slot, _) = self.position(guest);
-        let known = self.run_in(self.get_above(slot, layer)?, guest, len)?;
+        let known = self.run_in(self.get(slot, layer + 1)?, guest, len, layer + 1)?;
         match known.resolved {
             Resolved::Data(of, host) if of == layer && known.len > 0 => Some((host, known.len)),
             _ => None,
@@ -304,18 +304,19 @@ impl<H: Host> Index<H> {
         guard: Guard<Option<Arc<Slice>>>,
         guest: GuestOffset,
         len: u64,
+        layers: usize,
     ) -> Option<Known> {
         let (_, at) = self.position(guest);
         let slice = guard.as_ref()?;
         let bits = self.bits();
         let within = guest.within(bits);
         let first = slice.get(at);
-        let resolved = match first.unpack() {
+        let resolved = match first.unpack().below(layers) {
             Resolved::Data(layer, host) => Resolved::Data(layer, host.add(within)),
             other => other,
         };
         let continues = |entry: Entry, steps: usize| match resolved {
-            Resolved::Zero(_) => matches!(entry.unpack(), Resolved::Zero(_)),
+            Resolved::Zero(_) => matches!(entry.unpack().below(layers), Resolved::Zero(_)),
             Resolved::Ask(_) => false,
             _ => entry == first.plus((steps as u64) << bits),
         };

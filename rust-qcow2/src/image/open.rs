@@ -225,7 +225,7 @@ impl<H: Host> Image<H> {
     /// Needs no coroutine and does no I/O.
     pub fn clean_caches(&self) {
         self.l2.clean();
-        if let Some(index) = self.links.last_view().index() {
+        if let Some(index) = self.links.last_view().own_index() {
             index.clean();
         }
     }
