@@ -42,6 +42,7 @@ class Round:
         self.lazy = rng.random() < 0.4
         # In a file of its own are the data of some images.
         self.external = not self.internal and rng.random() < 0.2
+        self.compressed = rng.random() < 0.3
         self.options = {
             'cluster_size': self.cluster, 'lazy_refcounts': 'on' if self.lazy else 'off',
             'extended_l2': 'on' if self.cluster >= 16 * KIB and rng.random() < 0.5 else 'off',
@@ -59,7 +60,8 @@ class Round:
 
     def describe(self):
         """What it is like."""
-        return f'{self.options} {self.opened}, {", ".join(f"{kind} at {at}" for at, kind in self.log)}'
+        compressed = ', some compressed' if self.compressed else ''
+        return f'{self.options} {self.opened}{compressed}, {", ".join(f"{kind} at {at}" for at, kind in self.log)}'
 
     # Images
 
@@ -87,6 +89,10 @@ class Round:
         self.stock('qemu-img', 'create', '-q', '-f', 'qcow2', *backing, '-o', options, path, str(self.size))
         if number < 3:
             words = []
+            if self.compressed and not data:
+                # Before the others: it is refused where there are data.
+                for at in self.rng.sample(range(self.size // self.cluster), 24):
+                    words += ['-c', f'write -q -c -P {at % 255 + 1} {at * self.cluster} {self.cluster}']
             for _ in range(12):
                 at = self.rng.randrange(0, self.size - 96 * KIB, SECTOR)
                 words += ['-c', f'write -q -P {self.rng.randint(1, 255)} {at} 90k']
