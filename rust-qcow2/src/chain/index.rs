@@ -5,7 +5,9 @@
 //! needed (`fill`). A slice knows how many layers it covers, counted
 //! from the lowest one. So the index of a chain serves the next longer one:
 //! after a snapshot it moves to the new top, and each slice is completed by
-//! the one layer that it lacks when it is next used.
+//! the one layer that it lacks when it is next used. And it serves the layer
+//! that the image is right above, of which jobs ask what is below: what that
+//! layer has decided itself is then to be asked for ([`Resolved::below`]).
 //!
 //! # When a layer changes
 //!

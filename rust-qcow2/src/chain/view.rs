@@ -242,7 +242,11 @@ impl<H: Host> Image<H> {
         for layer in &layers {
             layer.join_pool(&pool);
         }
-        let above = links.index_above(&layers, end);
+        // The size is looked at again, as below: that index watches already.
+        let above = links.index_above(&layers, end).filter(|_| {
+            let last = layers.last();
+            last.is_some_and(|layer| layer.visible_size() == end)
+        });
         let borrowed = above.is_some();
         let keep = old.generation.is_some() && alive && !old.borrowed && old.has_layers(&layers);
         let watch = if borrowed {
