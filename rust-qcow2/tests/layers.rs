@@ -228,11 +228,7 @@ fn a_layer_has_the_index_of_the_one_above() {
             .next_layer(GuestOffset(at), 4096, None)
             .unwrap()
             .unwrap();
-        let number = if at % table == 0 {
-            0
-        } else {
-            (at % table) / 4096
-        };
+        let number = at % table / 4096;
         if number < depth - 1 {
             assert_eq!(next.skipped as u64, depth - 2 - number);
         }

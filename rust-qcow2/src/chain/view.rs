@@ -31,8 +31,6 @@ pub(crate) struct View<H: Host> {
     /// What layers tell of their changes: see [`View::index`]. `None` without
     /// layers.
     watch: Option<Arc<Index<H>>>,
-    /// That index belongs to the image above.
-    borrowed: bool,
     /// Numbers of the layers, by their addresses; made when first needed.
     pub(super) positions: OnceLock<FxHashMap<usize, usize>>,
 }
@@ -45,7 +43,6 @@ impl<H: Host> View<H> {
             places: Vec::new(),
             end: 0,
             watch: None,
-            borrowed: false,
             positions: OnceLock::new(),
         })
     }
@@ -58,7 +55,13 @@ impl<H: Host> View<H> {
 
     /// The same, but for the index of the image above, which looks after it.
     pub(crate) fn own_index(&self) -> Option<&Arc<Index<H>>> {
-        self.index().filter(|_| !self.borrowed)
+        self.index().filter(|_| !self.borrows())
+    }
+
+    /// Whether its index belongs to an image above.
+    fn borrows(&self) -> bool {
+        let index = self.watch.as_ref();
+        index.is_some_and(|index| index.layers() > self.layers.len())
     }
 
     fn is_current(&self, generation: u64) -> bool {
@@ -148,9 +151,7 @@ impl<H: Host> Links<H> {
     /// well. Jobs that ask both images in turn, as a stream does, need one index
     /// then.
     fn index_above(&self, layers: &[Arc<Image<H>>], end: u64) -> Option<Arc<Index<H>>> {
-        if layers.is_empty() {
-            return None;
-        }
+        let last = layers.last()?;
         let watchers = self.watchers.read();
         let mut indexes = watchers.iter().filter_map(|(index, number)| {
             let index = index.upgrade()?;
@@ -168,6 +169,8 @@ impl<H: Host> Links<H> {
                 && index.is_alive()
                 && index.end() >= end
                 && layers.iter().zip(0..).all(watches)
+                // Who changes the size from here on ends the index.
+                && last.visible_size() == end
         })
     }
 
@@ -242,14 +245,9 @@ impl<H: Host> Image<H> {
         for layer in &layers {
             layer.join_pool(&pool);
         }
-        // The size is looked at again, as below: that index watches already.
-        let above = links.index_above(&layers, end).filter(|_| {
-            let last = layers.last();
-            last.is_some_and(|layer| layer.visible_size() == end)
-        });
-        let borrowed = above.is_some();
-        let keep = old.generation.is_some() && alive && !old.borrowed && old.has_layers(&layers);
-        let watch = if borrowed {
+        let above = links.index_above(&layers, end);
+        let keep = old.generation.is_some() && alive && !old.borrows() && old.has_layers(&layers);
+        let watch = if above.is_some() {
             above
         } else if keep {
             if let Some(index) = &old.watch {
@@ -273,7 +271,6 @@ impl<H: Host> Image<H> {
             layers,
             end,
             watch,
-            borrowed,
             positions: OnceLock::new(),
         }));
     }
