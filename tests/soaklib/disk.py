@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import mmap
 import random
 import select
 import socket
@@ -42,7 +43,9 @@ class Disk(threading.Thread):
         self.path, self.size, self.clock = path, size, clock
         self.rng = random.Random(seed)
         self.first = bytes(content)
-        self.content = bytearray(content) + bytes(size - len(content))
+        # Takes room for what is written alone.
+        self.content = mmap.mmap(-1, size)
+        self.content[:len(content)] = self.first
         self.changes, self.flushes = [], []
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
@@ -110,6 +113,14 @@ class Disk(threading.Thread):
             change.ended = next(self.clock)
         return b''
 
+    def length(self, changes):
+        """Of a file with no more than that."""
+        return max([len(self.first)] + [change.offset + len(change.data) for change in changes])
+
+    def all(self):
+        """What is on it."""
+        return self.content[:self.length(self.changes)]
+
     def after(self, moment, lucky):
         """What may be left if the power fails at that moment.
 
@@ -117,9 +128,7 @@ class Disk(threading.Thread):
         given whether its write had ended.
         """
         begun = [change for change in self.changes if change.began <= moment]
-        # Its length is kept: unpatched QEMU's repair stumbles over entries that point past the end of a file.
-        length = max([len(self.first)] + [change.offset + len(change.data) for change in begun])
-        content = bytearray(self.first) + bytes(length - len(self.first))
+        content = bytearray(self.first) + bytes(self.length(begun) - len(self.first))
         flushed = -1 if self.liar else last_flush(self.flushes, moment)
         for change in sorted(begun, key=lambda change: change.ended):
             start, end = change.offset, change.offset + len(change.data)

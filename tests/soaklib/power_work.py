@@ -14,6 +14,8 @@ from .daemon import Failure
 from .disk import FOREVER, SECTOR, Change
 
 MIB = 1 << 20
+# The key of what is encrypted, for all programs.
+SECRET = ('--object', 'secret,id=key,data=secret')
 
 
 class GuestChange(Change):
@@ -61,8 +63,9 @@ class Writer(threading.Thread):
             # Less than a cluster is not discarded.
             grain = max(self.cluster, SECTOR) if command == nbd.TRIM else SECTOR
             count = self.part // grain
-            at = self.rng.randrange(count)
-            length = self.rng.randint(1, min(count - at, self.rng.choice((2, 16, count)))) * grain
+            at = self.rng.choice((0, self.rng.randrange(count)))
+            limit = min(count - at, self.rng.choice((2, 16, count)))
+            length = self.rng.choice((limit, self.rng.randint(1, limit))) * grain
             data = self.rng.randbytes(16) * (length // 16) if command == nbd.WRITE else bytes(length)
             change = GuestChange(next(self.clock), FOREVER, part * self.part + at * grain, data)
             change.discard = command == nbd.TRIM
@@ -174,8 +177,11 @@ def delete_internal(chain):
 
 def tool(chain, *words, may_fail=True):
     """Runs qemu-img of the driver on the top, which NAME stands for."""
-    name = 'json:' + json.dumps(chain.image(chain.layers[-1]))
-    command = [os.path.join(chain.args.bin, 'qemu-img'), *(name if word == 'NAME' else word for word in words)]
+    top = chain.layers[-1]
+    # For bitmaps it looks at nothing below.
+    keys = {} if words[0] == 'bitmap' else chain.keys(chain.file(f'l{top}'))
+    name = 'json:' + json.dumps({**keys, **chain.image(top)})
+    command = [os.path.join(chain.args.bin, 'qemu-img'), *(name if word == 'NAME' else word for word in words), *SECRET]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     # What is not possible is refused, with a message.
     if done.returncode and not (may_fail and done.returncode == 1 and done.stderr):
@@ -188,9 +194,10 @@ def grow(chain):
         # Of a data file the NBD client would have to be the one to change the size.
         return
     chain.now('grow')
-    size = chain.size + chain.rng.choice((1, 8, 64, 500)) * MIB
+    mode = chain.rng.choice(('off', 'off', 'metadata'))
+    size = chain.size + chain.rng.choice((1, 8, 64, 500) if mode == 'off' else (1, 8)) * MIB
     try:
-        tool(chain, 'resize', '-q', 'NAME', str(size), may_fail=False)
+        tool(chain, 'resize', '-q', f'--preallocation={mode}', 'NAME', str(size), may_fail=False)
     except Failure as failure:
         # Version 2 has no place for the size that a snapshot had.
         if "Can't resize a v2 image which has snapshots" not in str(failure):
@@ -238,11 +245,21 @@ def offline_bitmap(chain):
 
 def rebase(chain):
     """What is above another layer is copied into the top."""
-    if len(chain.layers) > 2:
+    # The tool finds no key for what is below another layer.
+    if len(chain.layers) > 2 and not chain.encrypted:
         chain.now('rebase')
         base = chain.rng.randrange(len(chain.layers) - 2)
         tool(chain, 'rebase', '-b', chain.file(f'l{chain.layers[base]}'), '-F', 'qcow2', 'NAME', may_fail=False)
         del chain.layers[base + 1:-1]
 
 
-OFFLINE = [grow, grow, shrink, snapshots, apply, amend, amend, offline_bitmap, rebase, rebase]
+def key(chain):
+    """The same one once more, or once less."""
+    if chain.layers[-1] in chain.encrypted:
+        chain.now('key')
+        tool(chain, 'amend', '-o', chain.rng.choice((
+            'encrypt.state=active,encrypt.new-secret=key,encrypt.iter-time=10',
+            'encrypt.state=inactive,encrypt.keyslot=0')), 'NAME')
+
+
+OFFLINE = [grow, grow, shrink, snapshots, apply, amend, amend, offline_bitmap, rebase, rebase, key]
