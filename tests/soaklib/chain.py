@@ -161,6 +161,32 @@ class Chain:
         self.soak.compare(self.soak.args.stock, 'qcow2', path, self.frozen)
         os.unlink(path)
 
+    def backup(self):
+        """A full backup, and an incremental one: both have to be what the guest had when they began."""
+        top, (base, base_path), (name, path) = self.top, self.name('b'), self.name('b')
+        bitmap = {'node': top, 'name': 'changed'}
+        self.empty(base_path, None)
+        self.empty(path, base_path)
+        self.back_up(base, base_path, [('block-dirty-bitmap-add', bitmap)], sync='full')
+        self.back_up(name, path, [], sync='incremental', bitmap='changed')
+        self.daemon.command('block-dirty-bitmap-remove', **bitmap)
+        os.unlink(base_path)
+        os.unlink(path)
+
+    def back_up(self, name, path, before, **how):
+        """One backup; the commands `before` belong to the same moment."""
+        self.add(name, path, None)
+        actions = [*before, ('blockdev-backup', {'job-id': 'job', 'device': self.top, 'target': name, **how})]
+        # Requests of other threads are earlier than the job then.
+        with self.daemon.starved():
+            with self.guest.paused():
+                content = self.guest.content
+                self.daemon.command('transaction', actions=[{'type': kind, 'data': data} for kind, data in actions])
+            self.guest.more(20)
+        self.daemon.finish('job')
+        self.daemon.command('blockdev-del', node_name=name)
+        self.soak.compare(self.soak.args.stock, 'qcow2', path, content)
+
     def complete(self):
         """Lets a job that is ready end, with the target in use."""
         self.daemon.command('block-job-complete', device='job')

@@ -1,5 +1,6 @@
 """qemu-storage-daemon, or another program with a monitor like it."""
 
+import contextlib
 import json
 import os
 import socket
@@ -91,6 +92,10 @@ class Daemon:
         if data['device'] != job or event['event'] == 'BLOCK_JOB_ERROR' or 'error' in data:
             raise Failure(f'{event["event"]}: {data}')
         return event['event'] != 'BLOCK_JOB_READY'
+
+    def starved(self):
+        """The thread that jobs run in gets hardly any time meanwhile, if it is not the only one."""
+        return contextlib.nullcontext()
 
     def quit(self):
         """Ends it."""

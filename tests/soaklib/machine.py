@@ -5,6 +5,7 @@ import glob
 import os
 import socket
 import subprocess
+import sys
 import threading
 
 from .daemon import Daemon, Failure
@@ -57,6 +58,20 @@ class Machine(Daemon):
         self.command('device_add', driver='virtio-blk-pci', id='disk', drive=node, num_queues=2, **{
             'iothread-vq-mapping': [{'iothread': 'thread0'}, {'iothread': 'thread1'}]})
         self.command('cont')
+
+    @contextlib.contextmanager
+    def starved(self):
+        """The first I/O thread only gets what others leave of the CPUs, and they leave nothing."""
+        thread, = (thread['thread-id'] for thread in self.command('query-iothreads') if thread['id'] == 'thread0')
+        with contextlib.ExitStack() as stack:
+            for _ in range(os.cpu_count()):
+                busy = stack.enter_context(subprocess.Popen([sys.executable, '-c', 'while True: pass']))
+                stack.callback(busy.kill)
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+            yield
+        # Not everybody may undo it. The CPUs are free again in any case.
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Guest:
