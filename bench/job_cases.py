@@ -178,7 +178,7 @@ def tools(bench):
         # Opens, reads one block and closes.
         measures[depth, 'idle'] = lambda top=chain.top: timed(
             bench.ours, 'qemu-img', 'bench', '-f', form, '-t', 'writeback', '-c', '1', top)
-    samples = turns(measures, bench.few)
+    samples = turns(measures, bench.rounds)
     os.remove(out)
     net = {}
     for depth in chains:
