@@ -157,8 +157,7 @@ class Chain:
         self.empty(path, None)
         self.add(name, path, None)
         self.job('blockdev-mirror', device=self.top, target=name, sync='full', ready=self.freeze)
-        self.daemon.command('blockdev-del', node_name=name)
-        self.soak.compare(self.soak.args.stock, 'qcow2', path, self.frozen)
+        self.compare(name, path, self.frozen)
         os.unlink(path)
 
     def backup(self):
@@ -184,6 +183,10 @@ class Chain:
                 self.daemon.command('transaction', actions=[{'type': kind, 'data': data} for kind, data in actions])
             self.guest.more(20)
         self.daemon.finish('job')
+        self.compare(name, path, content)
+
+    def compare(self, name, path, content):
+        """Lets a copy of the disk go as a node; it has to have this content."""
         self.daemon.command('blockdev-del', node_name=name)
         self.soak.compare(self.soak.args.stock, 'qcow2', path, content)
 

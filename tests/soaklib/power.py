@@ -201,7 +201,7 @@ class Round:
         with open(self.file('before'), 'rb') as file:
             self.before = file.read()
         self.daemon = Daemon(os.path.join(self.args.bin, 'qemu-storage-daemon'), self.directory, self.file('log'),
-                             timeout=60)
+                             timeout=60, arguments=SECRET)
         try:
             self.online()
             offline = self.rng.random() < 0.7
@@ -217,7 +217,6 @@ class Round:
 
     def online(self):
         """Two writers, and what happens to the chain meanwhile."""
-        self.daemon.command('object-add', qom_type='secret', id='key', data='secret')
         for number in range(len(self.disks)):
             self.add(number, f'n{number - 1}' if number else None)
         self.tops.append((0, self.layers[-1]))
