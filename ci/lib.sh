@@ -80,6 +80,7 @@ patches_digest() {
     for name in $(series); do
         [ -f "$RQCOW2_PATCHES/$name" ] || die "$name is in the series but not in $RQCOW2_PATCHES"
         cat "$RQCOW2_PATCHES/$name"
+        [ ! -e "$RQCOW2_PATCHES/older/$name" ] || cat "$RQCOW2_PATCHES/older/$name"
     done | digest
 }
 
