@@ -14,7 +14,14 @@ SECRET = ['--object', 'secret,id=sec0,data=geheim']
 
 
 class Mismatch(Exception):
-    """What a driver did is not what it should have done."""
+    """What a driver did is not what it should have done.
+
+    `log` is what was done before: nothing where it was the first image already.
+    """
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.log = []
 
 
 class Driver:
