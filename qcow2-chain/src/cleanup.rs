@@ -129,7 +129,7 @@ pub fn on_signals() -> Result<()> {
     let ignored = ignored();
     let mut wanted = vec![SIGHUP, SIGINT, SIGTERM];
     // What `nohup` and a shell's `&` have set stays so.
-    wanted.retain(|signal| ignored & 1 << (signal - 1) == 0);
+    wanted.retain(|signal| ignored & (1 << (signal - 1)) == 0);
     let mut signals = Signals::new(wanted).context("cannot watch signals")?;
     std::thread::Builder::new()
         .name("signals".into())

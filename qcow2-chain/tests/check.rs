@@ -248,7 +248,7 @@ fn a_table_of_tables_without_end() {
     let file = fs::File::create(&path).unwrap();
     file.write_all_at(&first, 0).unwrap();
     let table: Vec<u8> = (0..1 << 22)
-        .flat_map(|_| (1u64 << 63 | 20 << 21).to_be_bytes())
+        .flat_map(|_| ((1u64 << 63) | (20 << 21)).to_be_bytes())
         .collect();
     file.write_all_at(&table, 3 << 21).unwrap();
     file.write_all_at(&1u64.to_be_bytes(), 20 << 21).unwrap();
@@ -257,7 +257,7 @@ fn a_table_of_tables_without_end() {
     assert!(only(4, &name(&path)).contains(&"layer-damaged".into()));
     // Every table in a hole of an endless file.
     let table: Vec<u8> = (0..1u64 << 22)
-        .flat_map(|n| (1u64 << 63 | (20 + n) << 21).to_be_bytes())
+        .flat_map(|n| ((1u64 << 63) | ((20 + n) << 21)).to_be_bytes())
         .collect();
     file.write_all_at(&table, 3 << 21).unwrap();
     file.set_len(12 << 40).unwrap();

@@ -294,7 +294,7 @@ fn layers_of_any_size() {
             for (layer, mib) in sizes.iter().enumerate() {
                 let size = format!("{mib}M");
                 let mut args = vec!["create", "-q", "-f", "qcow2"];
-                let below = layer.checked_sub(1).map(&path);
+                let below = layer.checked_sub(1).map(path);
                 if let Some(below) = &below {
                     args.extend(["-b", below, "-F", "qcow2"]);
                 }
@@ -343,7 +343,7 @@ fn what_is_lost_is_told_and_damage_is_refused() {
     // The first L1 entry, behind the end of the file.
     let mut bytes = std::fs::read(dropped).unwrap();
     let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
-    bytes[l1..l1 + 8].copy_from_slice(&(1u64 << 50 | 1 << 63).to_be_bytes());
+    bytes[l1..l1 + 8].copy_from_slice(&((1u64 << 50) | (1 << 63)).to_be_bytes());
     std::fs::write(dropped, bytes).unwrap();
     assert!(expect(1, &args).contains(dropped));
 }
@@ -391,7 +391,7 @@ fn zeroes_that_become_data() {
                 "compat=1.1"
             };
             let mut args = vec!["create", "-q", "-f", "qcow2", "-o", compat];
-            let below = layer.checked_sub(1).map(&path);
+            let below = layer.checked_sub(1).map(path);
             if let Some(below) = &below {
                 args.extend(["-b", below, "-F", "qcow2"]);
             }

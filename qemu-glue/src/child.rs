@@ -61,10 +61,8 @@ impl Child {
     /// As for [`Child::file`]; `child` is a child of `bs`.
     pub(crate) unsafe fn data(bs: *mut sys::BlockDriverState, child: *mut sys::BdrvChild) -> Self {
         // SAFETY: promised by the caller.
-        Self {
-            child,
-            ..unsafe { Self::file(bs) }
-        }
+        let file = unsafe { Self::file(bs) };
+        Self { child, ..file }
     }
 
     /// The backing file of a node, if it has one.

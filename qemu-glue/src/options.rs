@@ -160,20 +160,20 @@ impl Opts {
 
     fn switch(&self, name: &CStr) -> Option<bool> {
         // SAFETY: the options are ours, and this one is a switch.
-        self.given(name)
-            .then(|| unsafe { sys::qemu_opt_get_bool(self.0, name.as_ptr(), false) })
+        let read = || unsafe { sys::qemu_opt_get_bool(self.0, name.as_ptr(), false) };
+        self.given(name).then(read)
     }
 
     fn size(&self, name: &CStr) -> Option<u64> {
         // SAFETY: the options are ours, and this one is a size.
-        self.given(name)
-            .then(|| unsafe { sys::qemu_opt_get_size(self.0, name.as_ptr(), 0) })
+        let read = || unsafe { sys::qemu_opt_get_size(self.0, name.as_ptr(), 0) };
+        self.given(name).then(read)
     }
 
     fn number(&self, name: &CStr) -> Option<u64> {
         // SAFETY: the options are ours, and this one is a number.
-        self.given(name)
-            .then(|| unsafe { sys::qemu_opt_get_number(self.0, name.as_ptr(), 0) })
+        let read = || unsafe { sys::qemu_opt_get_number(self.0, name.as_ptr(), 0) };
+        self.given(name).then(read)
     }
 
     fn request(&self) -> Result<OptionRequest> {

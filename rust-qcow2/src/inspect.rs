@@ -354,10 +354,10 @@ impl<F: File> Inspection<F> {
         let unit = self.unit();
         for number in 0..SUBCLUSTERS {
             let offset = u64::from(number) * unit;
-            if data >> number & 1 != 0 {
+            if (data >> number) & 1 != 0 {
                 let at = place.unwrap_or_default().add(offset);
                 out.put(guest + offset, unit, ExtentKind::Data(at));
-            } else if zero >> number & 1 != 0 {
+            } else if (zero >> number) & 1 != 0 {
                 let allocated = place.is_some();
                 out.put(guest + offset, unit, ExtentKind::Zero { allocated });
             }
@@ -445,7 +445,7 @@ mod tests {
             1,
             1,
             COPIED | 0x90001,
-            1 << 62 | 0x1_2345,
+            (1 << 62) | 0x1_2345,
         ];
         let image = image(&[COPIED | 0x20000], &entries, false);
         assert_eq!(image.backing_file(), Some(&b"below"[..]));
@@ -474,7 +474,7 @@ mod tests {
     #[test]
     fn subclusters() {
         // The zero flag is ignored; data of a cluster without a place are nonsense.
-        let entries = [COPIED | 0x50001, 0b0110 | 0b1001 << 32, 0, 1 << 32, 0, 1];
+        let entries = [COPIED | 0x50001, 0b0110 | (0b1001 << 32), 0, 1 << 32, 0, 1];
         let image = image(&[COPIED | 0x20000], &entries, true);
         assert_eq!(image.unit(), 2048);
         let (extents, walked) = walk(&image);

@@ -298,12 +298,12 @@ fn read_while_writing(shape: Shape) {
             }
             common::next_random(&mut random);
             let cluster = (random >> 33) % CLUSTERS;
-            let image = if random >> 20 & 1 == 0 {
+            let image = if (random >> 20) & 1 == 0 {
                 &middle
             } else {
                 &base
             };
-            match random >> 24 & 3 {
+            match (random >> 24) & 3 {
                 0 => {
                     let at = GuestOffset(cluster * unit / cluster_size * cluster_size);
                     image.discard(at, cluster_size).unwrap();

@@ -296,7 +296,7 @@ impl<'a> Plan<'a> {
             } else {
                 0
             };
-            let data = random.random::<u32>() | 1 << random.random_range(0..32);
+            let data = random.random::<u32>() | (1 << random.random_range(0..32));
             What::Parts {
                 data,
                 zero: zero & !data,

@@ -207,8 +207,8 @@ fn sample(
 
 /// A place for each rank, neighbours apart; not all are hit, some twice.
 fn scatter(rank: u64, salt: u64, slots: u64) -> u64 {
-    let mixed = (rank ^ rank >> 7).wrapping_mul(salt);
-    (mixed ^ mixed >> 29) % slots
+    let mixed = (rank ^ (rank >> 7)).wrapping_mul(salt);
+    (mixed ^ (mixed >> 29)) % slots
 }
 
 impl Trace {

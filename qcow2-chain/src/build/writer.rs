@@ -143,7 +143,7 @@ impl Writer<'_> {
                     What::Zero if self.format.extended_l2 => (None, !0 << 32),
                     What::Zero => (Some(1), 0),
                     What::Parts { data, zero } => {
-                        (place, u64::from(*zero) << 32 | u64::from(*data))
+                        (place, (u64::from(*zero) << 32) | u64::from(*data))
                     }
                 };
                 let entry = entry.unwrap_or(0);
@@ -247,7 +247,7 @@ impl Writer<'_> {
                 COPIED | offset
             } else {
                 let sectors = (offset + len - 1) / 512 - offset / 512;
-                COMPRESSED | sectors << shift | offset
+                COMPRESSED | (sectors << shift) | offset
             };
             entries.insert(number, entry);
             offset += len;

@@ -71,13 +71,13 @@ impl Entry {
             Resolved::Ask(layer) => (3, layer, 0),
         };
         debug_assert!(layer < MAX_LAYERS);
-        Self(kind << KIND_SHIFT | (layer as u64 & LAYER_MASK) << LAYER_SHIFT | sector)
+        Self((kind << KIND_SHIFT) | ((layer as u64 & LAYER_MASK) << LAYER_SHIFT) | sector)
     }
 
     /// The other way round.
     #[inline]
     pub(super) fn unpack(self) -> Resolved {
-        let layer = (self.0 >> LAYER_SHIFT & LAYER_MASK) as usize;
+        let layer = ((self.0 >> LAYER_SHIFT) & LAYER_MASK) as usize;
         match self.0 >> KIND_SHIFT {
             0 => Resolved::Data(layer, HostOffset((self.0 & SECTOR_MASK) << SECTOR_BITS)),
             1 => Resolved::Zero(layer),

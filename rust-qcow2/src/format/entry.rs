@@ -181,7 +181,7 @@ impl L2Entry {
     pub const fn packed(at: HostOffset, len: u64, cluster_bits: u32) -> Self {
         let offset_bits = 62 - (cluster_bits - 8);
         let sectors = (at.0 + len - 1) / 512 - at.0 / 512;
-        Self(COMPRESSED | sectors << offset_bits | at.0)
+        Self(COMPRESSED | (sectors << offset_bits) | at.0)
     }
 
     /// Where compressed data have to end, for their place to fit into an entry.
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn compressed_entries() {
         // 64 KiB clusters: 54 bits of offset, then 8 bits of sectors.
-        let entry = L2Entry(1 << 62 | 3 << 54 | 0x1_2345);
+        let entry = L2Entry((1 << 62) | (3 << 54) | 0x1_2345);
         assert_eq!(entry.mapping(), Mapping::Compressed);
         let extent = entry.compressed(16);
         assert_eq!(extent.offset, HostOffset(0x1_2345));

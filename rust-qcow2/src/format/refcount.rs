@@ -65,7 +65,7 @@ impl RefcountOrder {
                 let width = 1usize << (order - 3);
                 block[index * width..][..width]
                     .iter()
-                    .fold(0, |value, byte| value << 8 | u64::from(*byte))
+                    .fold(0, |value, byte| (value << 8) | u64::from(*byte))
             }
         }
     }
@@ -78,7 +78,7 @@ impl RefcountOrder {
                 let bit = index << order;
                 let mask = ((1u16 << (1 << order)) - 1) as u8;
                 let byte = &mut block[bit / 8];
-                *byte = *byte & !(mask << (bit % 8)) | (value as u8 & mask) << (bit % 8);
+                *byte = *byte & !(mask << (bit % 8)) | ((value as u8 & mask) << (bit % 8));
             }
             3 => block[index] = value as u8,
             order => {

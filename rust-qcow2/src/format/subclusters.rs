@@ -255,7 +255,7 @@ mod tests {
     fn contradictions() {
         assert!(contradicts(ClusterEntry::extended(0, 1)));
         assert!(!contradicts(ClusterEntry::extended(0, 1 << 32)));
-        let both = 1 << 7 | 1 << 39;
+        let both = (1 << 7) | (1 << 39);
         assert!(contradicts(ClusterEntry::extended(AT.0, both)));
         assert!(!contradicts(ClusterEntry::extended(1 << 62, both)));
     }

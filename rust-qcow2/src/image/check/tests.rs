@@ -327,7 +327,7 @@ fn references_beyond_the_end_stay() {
     let file = sample(4);
     let l2 = first_l2(&file);
     let entry = word(&file, l2);
-    poke(&file, l2, 1 << 63 | 1 << 55);
+    poke(&file, l2, (1 << 63) | (1 << 55));
     let (report, lines) = check(&file, ALL);
     assert_eq!(report.corruptions, 1, "{lines:?}");
     assert_eq!(
@@ -552,7 +552,7 @@ fn contradictory_bitmaps_are_found() {
     let (file, l2) = extended();
     let at = word(&file, l2 + 16) & !(1 << 63);
     poke(&file, l2 + 8, 1 << 3);
-    poke(&file, l2 + 24, 1 << 32 | 1);
+    poke(&file, l2 + 24, (1 << 32) | 1);
     let expected = [
         "ERROR: Unallocated cluster has non-zero subcluster allocation map".to_owned(),
         format!(
@@ -577,7 +577,7 @@ fn contradictory_bitmaps_are_found() {
 #[test]
 fn bitmaps_of_compressed_clusters_are_found() {
     let (file, l2) = extended();
-    poke(&file, l2 + 32, 1 << 62 | 0x4000);
+    poke(&file, l2 + 32, (1 << 62) | 0x4000);
     poke(&file, l2 + 40, 1);
     let (report, lines) = check(&file, Fix::NONE);
     assert_eq!(findings(&report), [1, 0, 0, 0, 0]);
