@@ -14,8 +14,8 @@ help:
 	@echo '              machine; QUICK=1 for less than 15 minutes'
 	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use, by threads'
 	@echo '              and by a guest with queues in two I/O threads; one of'
-	@echo '              10,000; power that fails, an hour; then random operations beside'
-	@echo '              the C driver, 4 hours'
+	@echo '              10,000; damaged images, and power that fails, an hour each;'
+	@echo '              then random operations beside the C driver, 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
 	@echo 'make build    the patched programs, in build/bin'
@@ -69,6 +69,7 @@ study: deps
 soak:
 	tests/soak
 	tests/soak --machine
+	tests/fuzz --time 3600 --keep
 	tests/powerloss --time 3600
 	RQCOW2_LAYERS=10000 ci/iotests --own rqcow2-deepest --timeout 3600
 	tests/differential --time 14400

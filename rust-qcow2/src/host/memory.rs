@@ -217,7 +217,7 @@ impl super::File for MemoryFile {
     }
 }
 
-/// One image in memory, with a raw file or another image below. Tasks run in threads.
+/// One image in memory, with a raw file or another image below.
 #[derive(Default)]
 pub struct MemoryHost {
     /// The image.
@@ -233,6 +233,8 @@ pub struct MemoryHost {
     pub layer_below: Mutex<Option<Arc<Image<MemoryHost>>>>,
     /// To be increased when that changes, for all images of a chain.
     pub generation: Arc<AtomicU64>,
+    /// Tasks do not run in threads, but one after the other.
+    pub one_thread: bool,
     /// Failures that were reported.
     pub errors: Arc<Mutex<Vec<Error>>>,
     /// Warnings.
@@ -311,6 +313,10 @@ impl Host for MemoryHost {
     }
 
     fn parallel(&self, _workers: usize, tasks: Vec<Task<'_>>) -> Result<()> {
+        if self.one_thread {
+            let results: Vec<_> = tasks.into_iter().map(|task| task()).collect();
+            return results.into_iter().collect();
+        }
         std::thread::scope(|scope| {
             let threads: Vec<_> = tasks.into_iter().map(|task| scope.spawn(task)).collect();
             // All of them have to end, also after a failure.

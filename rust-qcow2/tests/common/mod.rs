@@ -88,11 +88,14 @@ pub fn open(file: &MemoryFile, backing: Option<&MemoryFile>, options: &OptionReq
 
 /// Reads a range.
 pub fn read(image: &TestImage, at: u64, len: usize) -> Vec<u8> {
-    let memory = Mutex::new(vec![0xee; len]);
-    image
-        .read(GuestOffset(at), len as u64, SharedBuf(&memory), 0)
-        .unwrap();
-    memory.into_inner()
+    try_read(image, at, len as u64).unwrap()
+}
+
+/// Reads a range that may be damaged.
+pub fn try_read(image: &TestImage, at: u64, len: u64) -> rust_qcow2::Result<Vec<u8>> {
+    let memory = Mutex::new(vec![0xee; len as usize]);
+    image.read(GuestOffset(at), len, SharedBuf(&memory), 0)?;
+    Ok(memory.into_inner())
 }
 
 /// Writes a range.
