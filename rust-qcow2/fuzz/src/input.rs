@@ -81,6 +81,8 @@ pub enum Step {
     ChangeWidth(u8),
     /// To version 2.
     Downgrade,
+    /// After some writes and flushes of the file some more of them fail.
+    FailWrites(u8, u8),
     /// A check that may repair leaks (1) and errors (2).
     Check(u8),
 }
