@@ -1,6 +1,8 @@
 //! What the tests share: images in memory.
 #![allow(dead_code)]
 
+pub mod chain;
+
 use std::collections::BTreeSet;
 
 use parking_lot::Mutex;

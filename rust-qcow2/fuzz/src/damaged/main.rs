@@ -1,5 +1,4 @@
-//! Damaged images and requests, guided by the code that they reach
-//! (`tests/fuzz` builds and runs this).
+//! Damaged images and requests, guided by the code that they reach.
 //!
 //! Each run damages one of a few small images, opens it and does something with
 //! it. There is no panic and no endless loop, whatever the numbers in the file
@@ -7,7 +6,7 @@
 //! afterwards either, and reads as what was written to it.
 #![no_main]
 
-#[path = "../../tests/common/mod.rs"]
+#[path = "../../../tests/common/mod.rs"]
 mod common;
 mod input;
 mod model;
