@@ -1,5 +1,6 @@
 //! What an image without faults has to read as.
 
+use rust_qcow2::format::header::{Header, Incompatible};
 use rust_qcow2::host::memory::{MemoryFile, MemoryHost};
 use rust_qcow2::image::check::{CheckReport, Fix};
 use rust_qcow2::image::{Image, OpenFlags, OptionRequest};
@@ -141,14 +142,36 @@ pub fn check(bytes: &[u8]) -> Option<(CheckReport, Vec<String>)> {
 }
 
 /// A file that is not in use has nothing wrong: no more than leaks, and not even
-/// those where everything went smoothly.
-pub fn ensure_sound(bytes: &[u8], smooth: bool) {
+/// those where everything went smoothly. Refcounts that are said to be out of
+/// date may be anything, as they are made anew before they are used.
+pub fn ensure_sound(bytes: &[u8], cluster: u64, smooth: bool) {
+    let header = Header::parse(bytes).expect("it has a header");
+    if !smooth && header.incompatible.contains(Incompatible::DIRTY) {
+        return;
+    }
     let (report, lines) = check(bytes).expect("it can be checked");
-    // A cluster that is not shared any more, and an entry that does not say so,
-    // cost a copy.
-    let unsaid = |line: &&String| line.contains("OFLAG_COPIED") && line.ends_with("refcount=1");
-    let harmless = lines.iter().filter(unsaid).count() as u64;
+    let harmless = lines
+        .iter()
+        .filter(|line| is_harmless(line, &lines, cluster))
+        .count() as u64;
     let faults = report.corruptions + report.check_errors - harmless;
     assert!(faults == 0, "{lines:?}");
     assert!(!smooth || report.leaks + harmless == 0, "{lines:?}");
+}
+
+/// The flag of an entry is not as its cluster is counted, but no other entry has
+/// that cluster: one that is not shared any more costs a copy, one that is
+/// counted twice is a leak.
+fn is_harmless(line: &str, lines: &[String], cluster: u64) -> bool {
+    let Some((_, place)) = line
+        .split_once("_entry=")
+        .filter(|_| line.contains("OFLAG_COPIED"))
+    else {
+        return false;
+    };
+    let (entry, refcount) = place.split_once(" refcount=").expect("as it is written");
+    let entry = u64::from_str_radix(entry, 16).expect("as it is written");
+    let number = (entry & 0x00ff_ffff_ffff_fe00) / cluster;
+    let leaked = format!("Leaked cluster {number} refcount={refcount} reference=1");
+    refcount == "1" || lines.contains(&leaked)
 }

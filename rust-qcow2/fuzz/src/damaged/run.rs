@@ -93,7 +93,7 @@ impl Run<'_> {
         }
         self.file.fail_some(0, 0);
         if self.model.is_some() {
-            ensure_sound(&self.file.bytes(), false);
+            ensure_sound(&self.file.bytes(), self.cluster, false);
         }
     }
 
@@ -394,7 +394,7 @@ impl Run<'_> {
         model.compare(&self.image);
         self.image.inactivate().expect("everything can be written");
         let bytes = self.file.bytes();
-        ensure_sound(&bytes, self.smooth);
+        ensure_sound(&bytes, self.cluster, self.smooth);
         let again = open(&self.file, self.backing.as_ref(), WRITABLE, false);
         model.compare(&again.expect("it can be opened"));
         model.compare_snapshots(&bytes, self.backing.as_ref());
