@@ -69,6 +69,13 @@ pub fn run(input: &Input) {
         if run.step(*step).is_break() {
             return;
         }
+        // After some failures nothing goes on before it is opened again.
+        if run.image.is_broken() {
+            run.close();
+            if run.open().is_break() {
+                return;
+            }
+        }
     }
     run.finish();
 }
