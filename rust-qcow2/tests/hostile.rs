@@ -6,7 +6,8 @@ mod common;
 use std::sync::Arc;
 
 use common::{
-    EXTENDED, MemoryBits, PLAIN, Shape, TestImage, WRITABLE, create, open, try_read, write,
+    EXTENDED, MemoryBits, PLAIN, Shape, TestImage, WRITABLE, create, open, try_read, walk_bitmap,
+    write,
 };
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -54,12 +55,7 @@ fn use_bitmaps(image: &TestImage, writable: bool) {
         for entry in &list {
             let granularity = entry.granularity_in_memory(image.size());
             assert!(!entry.in_use() || bytes_needed(image.size(), granularity) <= MAX_BYTES);
-            let mut end = 0;
-            let _ = image.read_bitmap(entry, &mut |from, len, _| {
-                assert!(from >= end && len > 0);
-                end = from + len;
-                assert!(end <= image.size());
-            });
+            walk_bitmap(image, entry);
         }
     }
     if writable && image.mark_bitmaps_in_use().is_ok() {

@@ -5,46 +5,31 @@
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-use arbitrary::Arbitrary;
-use common::chain::{Chain, SIZE, Step};
+use arbitrary::{Arbitrary, Result, Unstructured};
+use common::chain::{Chain, MAX_LAYERS, SIZE, Step};
 use libfuzzer_sys::fuzz_target;
 
-/// A step, in few bytes.
-#[derive(Arbitrary, Clone, Copy, Debug)]
-enum Input {
-    Write(u8, u16, u16, u8),
-    Zero(u8, u16, u16),
-    Discard(u8, u16, u16),
-    Snapshot(u8),
-    Resize(u8, u8),
-    Empty(u8),
-    Remove(u8),
-    Read(u8, u16, u16),
-}
-
-impl From<Input> for Step {
-    fn from(input: Input) -> Self {
-        let bytes = |len: u16| u64::from(len) % 9000 + 1;
-        match input {
-            Input::Write(layer, at, len, byte) => {
-                Self::Write(layer.into(), at.into(), bytes(len), byte)
-            }
-            Input::Zero(layer, at, len) => Self::Zero(layer.into(), at.into(), bytes(len)),
-            Input::Discard(layer, at, len) => Self::Discard(layer.into(), at.into(), bytes(len)),
-            Input::Snapshot(bits) => Self::Snapshot([9, 10, 12, 14][usize::from(bits % 4)]),
-            Input::Resize(layer, sectors) => {
-                Self::Resize(layer.into(), (u64::from(sectors) * 512 % SIZE).max(512))
-            }
-            Input::Empty(layer) => Self::Empty(layer.into()),
-            Input::Remove(layer) => Self::Remove(layer.into()),
-            Input::Read(layer, at, len) => Self::Read(layer.into(), at.into(), bytes(len)),
-        }
+impl<'a> Arbitrary<'a> for Step {
+    fn arbitrary(input: &mut Unstructured<'a>) -> Result<Self> {
+        let layer = input.int_in_range(0..=MAX_LAYERS - 1)?;
+        let at = input.int_in_range(0..=SIZE - 1)?;
+        let len = input.int_in_range(1..=8999)?;
+        Ok(match input.int_in_range(0..=7)? {
+            0 => Self::Write(layer, at, len, input.arbitrary()?),
+            1 => Self::Zero(layer, at, len),
+            2 => Self::Discard(layer, at, len),
+            3 => Self::Snapshot(*input.choose(&[9, 10, 12, 14])?),
+            4 => Self::Resize(layer, at.next_multiple_of(512).max(512)),
+            5 => Self::Empty(layer),
+            6 => Self::Remove(layer),
+            _ => Self::Read(layer, at, len),
+        })
     }
 }
 
-fuzz_target!(|steps: Vec<Input>| {
+fuzz_target!(|steps: Vec<Step>| {
     let mut chain = Chain::new(true);
     for step in steps.into_iter().take(60) {
-        chain.step(step.into());
+        chain.step(step);
     }
 });

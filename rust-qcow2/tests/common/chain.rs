@@ -16,7 +16,7 @@ use super::{PLAIN, Shape, TestImage, WRITABLE, create, read, write};
 pub const SIZE: u64 = 48 << 10;
 
 /// A chain gets no longer.
-const MAX_LAYERS: usize = 12;
+pub const MAX_LAYERS: usize = 12;
 
 /// What is done with a layer, whose number and whose bytes are taken modulo what
 /// there is.
@@ -59,19 +59,19 @@ impl Chain {
             generation: Arc::default(),
             one_thread,
         };
-        chain.push(9, SIZE);
+        chain.push(9);
         chain
     }
 
     /// Puts a layer on top; those with large clusters have subclusters.
-    fn push(&mut self, cluster_bits: u32, size: u64) {
+    fn push(&mut self, cluster_bits: u32) {
         let shape = Shape {
             cluster_bits,
             extended_l2: cluster_bits >= 14,
             ..PLAIN
         };
         let host = MemoryHost {
-            file: create(shape, size),
+            file: create(shape, SIZE),
             layer_below: Mutex::new(self.layers.last().cloned()),
             generation: Arc::clone(&self.generation),
             one_thread: self.one_thread,
@@ -80,7 +80,7 @@ impl Chain {
         let image = Image::open(host, WRITABLE, &OptionRequest::default()).unwrap();
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.layers.push(Arc::new(image));
-        self.own.push(vec![None; size as usize]);
+        self.own.push(vec![None; SIZE as usize]);
     }
 
     /// What a layer reads as.
@@ -170,12 +170,11 @@ impl Chain {
             }
             Step::Snapshot(bits) => {
                 if count < MAX_LAYERS {
-                    self.push(bits, SIZE);
+                    self.push(bits);
                 }
             }
             Step::Resize(layer, size) => {
                 let layer = layer % count;
-                let before = self.layers[layer].size();
                 // What is added to a layer with something below shows that.
                 // The rest of a cluster that is cut is kept out of this.
                 let bits = self.layers[layer].geometry().cluster_bits;
@@ -183,9 +182,6 @@ impl Chain {
                 let image = &self.layers[layer];
                 image.resize(size, true, Preallocation::Off, true).unwrap();
                 self.own[layer].resize(size as usize, Some(0));
-                if size > before {
-                    self.own[layer][before as usize..].fill(Some(0));
-                }
             }
             Step::Empty(layer) => {
                 let layer = layer % count;

@@ -186,6 +186,16 @@ pub fn read_bits(
     })
 }
 
+/// Reads a bitmap that may be damaged, for the order of what comes alone.
+pub fn walk_bitmap(image: &TestImage, entry: &rust_qcow2::format::bitmaps::Bitmap) {
+    let mut end = 0;
+    let _ = image.read_bitmap(entry, &mut |from, len, _| {
+        assert!(from >= end && len > 0);
+        end = from + len;
+        assert!(end <= image.size());
+    });
+}
+
 /// The next of numbers that look random, best in their high bits.
 pub fn next_random(state: &mut u64) -> u64 {
     *state = state

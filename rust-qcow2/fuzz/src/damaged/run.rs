@@ -12,7 +12,7 @@ use rust_qcow2::image::snapshots::NewSnapshot;
 use rust_qcow2::inspect::Inspection;
 use rust_qcow2::units::GuestOffset;
 
-use crate::common::{MemoryBits, TestImage, WRITABLE, write, write_compressed};
+use crate::common::{MemoryBits, TestImage, WRITABLE, walk_bitmap, write, write_compressed};
 use crate::input::{Input, Step};
 use crate::model::{MAX_SIZE, Model, check, ensure_sound, open};
 use crate::samples::Sample;
@@ -327,12 +327,7 @@ impl Run<'_> {
             }
             Step::ReadBitmaps => {
                 for entry in image.bitmaps().unwrap_or_default() {
-                    let mut end = 0;
-                    let _ = image.read_bitmap(&entry, &mut |from, len, _| {
-                        assert!(from >= end && len > 0);
-                        end = from + len;
-                        assert!(end <= image.size());
-                    });
+                    walk_bitmap(image, &entry);
                 }
             }
             Step::RemoveBitmap(number) => {
