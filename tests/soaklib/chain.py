@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 
 from qcow2writer import write_qcow2
 
@@ -193,6 +194,14 @@ class Chain:
     def complete(self):
         """Lets a job that is ready end, with the target in use."""
         self.daemon.command('block-job-complete', device='job')
+
+    def halt(self):
+        """The machine stops and goes on, many times: no queue may stand still after it."""
+        for _ in range(40):
+            time.sleep(self.rng.random() / 50)
+            self.daemon.command('stop')
+            self.daemon.command('cont')
+        self.guest.verify()
 
     def freeze(self):
         """Lets a mirror end as a copy of a moment."""

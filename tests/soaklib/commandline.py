@@ -38,9 +38,9 @@ def parse(options, doc):
     return args
 
 
-def report(args, passed, failed):
+def report(args, passed, failed, skipped=0):
     """Says it at the end, and to whoever adds it up."""
     print(f'{passed} passed, {failed} failed', flush=True)
     if args.counts:
         with open(args.counts, 'w', encoding='utf-8') as file:
-            file.write(f'{passed} {failed} 0\n')
+            file.write(f'{passed} {failed} {skipped}\n')

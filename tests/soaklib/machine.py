@@ -15,6 +15,11 @@ FIRMWARE = ('/usr/share/seabios', '/usr/share/qemu')
 HERE = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'guest')
 
 
+def firmware():
+    """The options that say where it is."""
+    return [word for path in FIRMWARE if os.path.isdir(path) for word in ('-L', path)]
+
+
 class Image:
     """What the guest boots from, and the checker, made once."""
 
@@ -43,9 +48,8 @@ class Machine(Daemon):
 
     def __init__(self, program, directory, log, image, kernel_line):
         console = os.path.join(directory, 'console.sock')
-        firmware = [word for path in FIRMWARE if os.path.isdir(path) for word in ('-L', path)]
         super().__init__(program, directory, log, monitor=('-mon', 'chardev=qmp,mode=control'), arguments=[
-            *firmware, '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-S', '-machine', 'pc',
+            *firmware(), '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-S', '-machine', 'pc',
             '-accel', 'tcg,thread=multi', '-m', '512', '-smp', '2', '-kernel', image.kernel, '-initrd', image.initrd,
             '-append', f'console=ttyS0 quiet loglevel=3 panic=-1 {kernel_line}',
             '-object', 'iothread,id=thread0', '-object', 'iothread,id=thread1',
