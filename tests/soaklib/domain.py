@@ -98,7 +98,6 @@ class Chain:
             threads=soak.args.threads, top=layers[-1], console=self.path,
             program=os.path.join(soak.args.bin, 'qemu-system-x86_64'),
             firmware=''.join(f"<qemu:arg value='{word}'/>" for word in firmware())))
-        self.start()
 
     def start(self):
         """Switches it on; returns the digest of what is on the disk."""
@@ -126,8 +125,8 @@ class Chain:
     def now(self, layers):
         """The chain is that; the files of other layers are let go."""
         known = self.known()
-        # While it is off, libvirt only knows the top.
-        if known != (layers if self.domain.isActive() else layers[-1:]):
+        # While it is off, libvirt knows what it has added to the chain, and looks for the rest when it is switched on.
+        if known != (layers if self.domain.isActive() else layers[-len(known):]):
             raise Failure(f'{len(layers)} layers should end with {layers[-3:]}, libvirt has {len(known)}: {known[-3:]}')
         for path in set(self.layers) - set(layers):
             os.unlink(path)
@@ -317,7 +316,7 @@ class Chain:
         self.guest.more(50)
         then = self.domain.snapshotLookupByName('then')
         if self.rng.random() < 0.7:
-            # Also a new process, which a guest of other features than now would need.
+            # In a new process.
             self.domain.revertToSnapshot(then, libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE
                                          | libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED)
             self.connect()
