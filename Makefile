@@ -13,8 +13,8 @@ help:
 	@echo 'make study    what a chain costs and why: docs/study.md with figures, measured on this'
 	@echo '              machine; QUICK=1 for less than 15 minutes'
 	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use, by threads'
-	@echo '              and by a guest with queues in two I/O threads; twenty with'
-	@echo '              libvirt, if it is there; one of 10,000; damaged images, and power that fails, an hour each;'
+	@echo '              by a guest with queues in two I/O threads, by one behind'
+	@echo '              vhost-user; twenty with libvirt, if it is there; one of 10,000; damaged images, and power that fails, an hour each;'
 	@echo '              then random operations beside the C driver, 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'
@@ -69,6 +69,7 @@ study: deps
 soak:
 	tests/soak
 	tests/soak --machine
+	tests/soak --vhost-user
 	tests/libvirt --layers 190 --rounds 20
 	tests/fuzz --time 3600 --keep
 	tests/powerloss --time 3600

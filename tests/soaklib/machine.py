@@ -46,14 +46,14 @@ class Image:
 class Machine(Daemon):
     """A running qemu-system with two CPUs and two I/O threads; the guest waits."""
 
-    def __init__(self, program, directory, log, image, kernel_line):
+    def __init__(self, program, directory, log, image, kernel_line, others=()):
         console = os.path.join(directory, 'console.sock')
         super().__init__(program, directory, log, monitor=('-mon', 'chardev=qmp,mode=control'), arguments=[
             *firmware(), '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-S', '-machine', 'pc',
             '-accel', 'tcg,thread=multi', '-m', '512', '-smp', '2', '-kernel', image.kernel, '-initrd', image.initrd,
             '-append', f'console=ttyS0 quiet loglevel=3 panic=-1 {kernel_line}',
             '-object', 'iothread,id=thread0', '-object', 'iothread,id=thread1',
-            '-chardev', f'socket,id=console,path={console},server=on,wait=off', '-serial', 'chardev:console'])
+            '-chardev', f'socket,id=console,path={console},server=on,wait=off', '-serial', 'chardev:console', *others])
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(console)
 
