@@ -53,6 +53,10 @@ DOMAIN = '''
 '''
 
 
+class Unusable(Exception):
+    """libvirt does not start on this machine."""
+
+
 class Libvirt:
     """libvirt's driver for QEMU in this process, with all that it keeps below a directory."""
 
@@ -67,9 +71,14 @@ class Libvirt:
         # So that the loop looks whether it is to end.
         libvirt.virEventAddTimeout(100, lambda timer, _: None, None)
         self.running = True
-        self.thread = threading.Thread(target=self.loop)
+        self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
-        self.connection = libvirt.open(f'qemu:///embed?root={directory}')
+        self.connection = None
+        try:
+            self.connection = libvirt.open(f'qemu:///embed?root={directory}')
+        except libvirt.libvirtError as error:
+            self.close()
+            raise Unusable(error) from None
 
     def loop(self):
         """The thread of libvirt's events."""
@@ -78,7 +87,8 @@ class Libvirt:
 
     def close(self):
         """Ends it."""
-        self.connection.close()
+        if self.connection:
+            self.connection.close()
         self.running = False
         self.thread.join()
 
