@@ -12,9 +12,10 @@ help:
 	@echo 'make bench    measurements beside unpatched QEMU; table and build/bench.json'
 	@echo 'make study    what a chain costs and why: docs/study.md with figures, measured on this'
 	@echo '              machine; QUICK=1 for less than 15 minutes'
-	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use, by threads'
+	@echo 'make soak     ten rounds of everything on a chain of 1000 layers in use, by threads,'
 	@echo '              by a guest with queues in two I/O threads, by one behind'
-	@echo '              vhost-user; twenty with libvirt, if it is there; one of 10,000; damaged images, and power that fails, an hour each;'
+	@echo '              vhost-user; twenty with libvirt, if it is there; one of 10,000;'
+	@echo '              damaged images, and power that fails, an hour each;'
 	@echo '              then random operations beside the C driver, 4 hours'
 	@echo
 	@echo 'make deps     Debian packages, Python environment, Rust toolchain'

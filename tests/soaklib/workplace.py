@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 
+from .commandline import report
 from .daemon import Failure
 from .model import Wrong
 
@@ -26,6 +27,7 @@ class Workplace:
         self.cluster = self.rng.choice((16 << 10, 64 << 10))
         self.directory = tempfile.mkdtemp(prefix='rqsoak', dir=args.dir)
         self.begin = time.monotonic()
+        self.passed = 0
 
     def run(self, *command):
         """A program that has to succeed; returns what it says."""
@@ -76,6 +78,20 @@ class Workplace:
     def late(self):
         """Whether the time is up."""
         return self.args.time and time.monotonic() - self.begin > self.args.time
+
+    def conclude(self):
+        """All that a test does, which is what it calls `all`, and what came of it; returns the exit status."""
+        status = 1
+        try:
+            self.all()
+            status = 0
+        except Exception as error:  # pylint: disable=broad-except
+            print(f'FAILED, seed {self.args.seed}, after {time.monotonic() - self.begin:.0f} s: '
+                  f'{type(error).__name__}: {error}', flush=True)
+        finally:
+            self.close(keep=status)
+        report(self.args, self.passed, status)
+        return status
 
     def events(self, chain, kinds):
         """What happens to a chain, in random order, while its guest goes on; returns how long which took."""
