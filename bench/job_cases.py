@@ -137,6 +137,38 @@ def stream(bench):
               samples['stream'], samples['flat'])
 
 
+def copied(side, command, chain):
+    """Seconds until a job has copied all data of a chain to a new image."""
+    path = chain.path('copy.qcow2')
+    side.run('qemu-img', 'create', '-f', 'qcow2', path, str(chain.disk))
+    try:
+        with Daemon(side) as daemon:
+            for name, image in (('top', chain.top), ('target', path)):
+                daemon.ask('blockdev-add', node_name=name, **node(side.driver, image))
+            begin = time.monotonic()
+            daemon.ask(command, device='top', target='target', job_id='copy', sync='full')
+            mirror = command == 'blockdev-mirror'
+            data = daemon.wait('BLOCK_JOB_READY' if mirror else 'BLOCK_JOB_COMPLETED')
+            if 'error' in data:
+                raise Crash(f'{command}: {data["error"]}')
+            return time.monotonic() - begin
+    finally:
+        os.remove(path)
+
+
+def copies(bench):
+    """blockdev-mirror and blockdev-backup at depth 1000 beside depth 1."""
+    flat, deep = bench.chains.spread(1), bench.chains.spread(1000)
+    for command in 'blockdev-mirror', 'blockdev-backup':
+        samples = turns({
+            1000: lambda command=command: copied(bench.ours, command, deep),
+            1: lambda command=command: copied(bench.ours, command, flat),
+            'stock': lambda command=command: copied(bench.stock, command, flat)}, bench.rounds)
+        yield Row(f'{command}: depth 1000 against depth 1', 's', samples[1000], samples[1])
+        yield Row(f'{command}, depth 1000: against unpatched with one image', 's',
+                  samples[1000], samples['stock'])
+
+
 def mapped(side, top):
     """Seconds between the first extent that qemu-img map prints and the last:
     without open and close."""
@@ -190,4 +222,4 @@ def tools(bench):
               samples[1000], samples[1])
 
 
-CASES = [open_close, snapshot, stream, tools]
+CASES = [open_close, snapshot, stream, copies, tools]
