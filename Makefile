@@ -70,6 +70,7 @@ study: deps
 soak:
 	tests/soak
 	tests/soak --machine
+	tests/soak --machine --scsi
 	tests/soak --vhost-user
 	tests/libvirt --layers 190 --rounds 20
 	tests/fuzz --time 3600 --keep

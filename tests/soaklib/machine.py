@@ -36,7 +36,8 @@ class Image:
         self.initrd = os.path.join(directory, 'initrd.gz')
         subprocess.run([os.path.join(root, 'demo', 'make-initramfs.py'), self.initrd, '--package', tree,
                         '--busybox', '/bin/busybox', '--init', os.path.join(HERE, 'init'), '--module', 'virtio_pci',
-                        '--module', 'virtio_blk', '--program', f'bin/checker={self.checker}'], check=True)
+                        '--module', 'virtio_blk', '--module', 'virtio_scsi', '--module', 'sd_mod',
+                        '--program', f'bin/checker={self.checker}'], check=True)
 
     def digest(self, path):
         """What the checker says of a raw image."""
@@ -57,10 +58,14 @@ class Machine(Daemon):
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(console)
 
-    def plug(self, node):
-        """The disk."""
-        self.command('device_add', driver='virtio-blk-pci', id='disk', drive=node, num_queues=2, **{
-            'iothread-vq-mapping': [{'iothread': 'thread0'}, {'iothread': 'thread1'}]})
+    def plug(self, node, scsi):
+        """The disk, a SCSI one or not, with a queue for each CPU."""
+        threads = {'iothread-vq-mapping': [{'iothread': 'thread0'}, {'iothread': 'thread1'}]}
+        if scsi:
+            self.command('device_add', driver='virtio-scsi-pci', id='bus', **threads)
+            self.command('device_add', driver='scsi-hd', id='disk', bus='bus.0', drive=node)
+        else:
+            self.command('device_add', driver='virtio-blk-pci', id='disk', drive=node, **threads)
         self.command('cont')
 
     @contextlib.contextmanager
