@@ -109,13 +109,15 @@ struct Start {
     empty_below: bool,
 }
 
-/// An image may have leaks after a failure of request `steps`, nothing worse.
-fn sound(image: &TestImage, steps: usize) {
+/// An image may have leaks where the process ended after a failure of request
+/// `steps`, nothing worse. Returns how many.
+fn sound(image: &TestImage, steps: usize) -> u64 {
     let report = image
         .check(Fix::default(), &mut |line| println!("{line}"))
         .unwrap();
     let found = (report.corruptions, report.check_errors);
     assert_eq!(found, (0, 0), "request {steps}");
+    report.leaks
 }
 
 /// Fails `bad` requests of `last` to the file from each one on, in a fresh image each time.
@@ -183,7 +185,8 @@ fn check(start: Start, ops: &[Op], last: Op, bad: usize) {
             "not done, request {steps}"
         );
         image.inactivate().unwrap();
-        sound(&image, steps);
+        let leaks = sound(&image, steps);
+        assert_eq!(leaks, 0, "leaks after a failure of request {steps}");
         if result.is_ok() {
             break;
         }

@@ -1,5 +1,6 @@
 """A chain of layers in a running daemon, and what is done to it."""
 
+import errno
 import os
 import subprocess
 import time
@@ -7,6 +8,11 @@ import time
 from qcow2writer import write_qcow2
 
 from .daemon import Failure
+
+
+# What images are about to write when there is no space, in the words of blkdebug.
+WRITES = ('write_aio', 'cow_write', 'l2_update', 'l2_alloc_write', 'l1_update', 'refblock_update',
+          'refblock_alloc_write', 'cluster_alloc', 'pwritev')
 
 
 class Chain:
@@ -200,6 +206,35 @@ class Chain:
         for _ in range(40):
             time.sleep(self.rng.random() / 50)
             self.daemon.command('stop')
+            self.daemon.command('cont')
+        self.guest.verify()
+
+    def full(self):
+        """A new top finds no space now and then, and the machine stops until there is some: its guest must not notice."""
+        driver, (name, path) = self.soak.args.driver, self.name('f')
+        self.empty(path, self.layers[-1][0])
+        events = ['none'] + [self.rng.choice(WRITES) for _ in range(9)]
+        self.daemon.command('blockdev-add', driver=driver, node_name=name, backing=None, discard='unmap', file={
+            'driver': 'blkdebug', 'node-name': name + '-full',
+            'image': {'driver': 'file', 'node-name': name + '-file', 'filename': path, 'discard': 'unmap'},
+            'inject-error': [{'event': event, 'iotype': 'write', 'errno': errno.ENOSPC, 'once': True}
+                             for event in events]})
+        self.daemon.command('blockdev-snapshot', node=self.top, overlay=name)
+        self.layers.append((path, name))
+        goal, stops = self.guest.operations + 300, 0
+        while self.guest.operations < goal:
+            self.guest.judge()
+            if self.daemon.command('query-status')['status'] == 'io-error':
+                stops += 1
+                self.daemon.command('cont')
+            time.sleep(0.005)
+        if not stops:
+            raise Failure('the machine has not stopped')
+        # There is enough from now on.
+        self.daemon.command('blockdev-reopen', options=[{
+            'driver': driver, 'node-name': name, 'backing': self.layers[-2][1], 'discard': 'unmap',
+            'file': name + '-file'}])
+        if self.daemon.command('query-status')['status'] == 'io-error':
             self.daemon.command('cont')
         self.guest.verify()
 

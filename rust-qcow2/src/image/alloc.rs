@@ -100,7 +100,8 @@ impl<H: Host> Image<H> {
     /// Gives clusters back. While requests are in flight that may have looked
     /// them up the count stays, and goes when they have left.
     ///
-    /// A failure costs the space, not the data, and is not the caller's.
+    /// A failure costs the space for a while, not the data, and is not the
+    /// caller's.
     pub(super) fn free(
         &self,
         st: &mut StateGuard<'_, H>,
@@ -139,13 +140,21 @@ impl<H: Host> Image<H> {
     /// Lowers refcounts. Where they are damaged the user is told, and the
     /// clusters stay allocated: that costs space, and no data.
     fn free_now(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64, reason: Reason) {
-        let waiting = if self.l2.is_clean() {
-            Ok(())
-        } else {
-            self.refcounts_wait_for_l2(st)
-        };
+        let waiting = self.settle_pointer(st).and_then(|()| {
+            if self.l2.is_clean() {
+                Ok(())
+            } else {
+                self.refcounts_wait_for_l2(st)
+            }
+        });
         if waiting.is_err() && !self.is_broken() {
-            // What keeps tables from being written is told when they should be.
+            // What keeps tables from being written is told when they should be;
+            // nothing has changed, so this can be tried again.
+            st.refcounts.replaced.push(Freed {
+                offset,
+                len,
+                reason,
+            });
             return;
         }
         let freed =
@@ -189,15 +198,17 @@ impl<H: Host> Image<H> {
     /// everything that the file may have back.
     pub(super) fn reclaim_all(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         self.settle_pointer(st)?;
-        self.free_replaced(st)?;
+        // What cannot be freed there waits: the next one frees it, or fails.
         self.reclaim(st)?;
+        self.free_replaced(st)?;
         self.pass_all_discards(st)
     }
 
-    /// Frees compressed data that were discarded or written anew. As long as a
-    /// table on disk refers to them they are not given to anybody: after a
-    /// crash they are the only copy of what a partial write left alone, and
-    /// other bytes in their place could not be decompressed.
+    /// Frees compressed data that were discarded or written anew, and what could
+    /// not be freed when the file failed. As long as a table on disk refers to
+    /// compressed data they are not given to anybody: after a crash they are the
+    /// only copy of what a partial write left alone, and other bytes in their
+    /// place could not be decompressed.
     fn free_replaced(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
         if st.refcounts.replaced.is_empty() {
             return Ok(());

@@ -99,7 +99,8 @@ pub(super) struct Refcounts<H: Host> {
     pub(super) packed_end: Option<HostOffset>,
     /// What the file is to have back.
     pub(super) space: Space,
-    /// Compressed data that the tables on disk may still refer to.
+    /// What could not be given back yet: compressed data that the tables on disk
+    /// may still refer to, and clusters whose turn came while the file failed.
     pub(super) replaced: Vec<Freed>,
     /// When the file was last flushed for the sake of those.
     pub(super) flushed_for_replaced: Option<Instant>,
