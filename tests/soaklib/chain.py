@@ -210,7 +210,10 @@ class Chain:
         self.guest.verify()
 
     def full(self):
-        """A new top finds no space now and then, and the machine stops until there is some: its guest must not notice."""
+        """A new top finds no space now and then, while layers are streamed into it: the machine stops until there is
+        some again, and so does the job. The guest must not notice."""
+        if len(self.layers) < 4:
+            return
         driver, (name, path) = self.soak.args.driver, self.name('f')
         self.empty(path, self.layers[-1][0])
         events = ['none'] + [self.rng.choice(WRITES) for _ in range(9)]
@@ -220,23 +223,45 @@ class Chain:
             'inject-error': [{'event': event, 'iotype': 'write', 'errno': errno.ENOSPC, 'once': True}
                              for event in events]})
         self.daemon.command('blockdev-snapshot', node=self.top, overlay=name)
-        self.layers.append((path, name))
-        goal, stops = self.guest.operations + 300, 0
-        while self.guest.operations < goal:
-            self.guest.judge()
-            if self.daemon.command('query-status')['status'] == 'io-error':
-                stops += 1
-                self.daemon.command('cont')
-            time.sleep(0.005)
-        if not stops:
-            raise Failure('the machine has not stopped')
+        base = self.layers[-3]
+        self.use_full(name, base[1])
         # There is enough from now on.
         self.daemon.command('blockdev-reopen', options=[{
-            'driver': driver, 'node-name': name, 'backing': self.layers[-2][1], 'discard': 'unmap',
-            'file': name + '-file'}])
-        if self.daemon.command('query-status')['status'] == 'io-error':
-            self.daemon.command('cont')
+            'driver': driver, 'node-name': name, 'backing': base[1], 'discard': 'unmap', 'file': name + '-file'}])
+        self.go_on()
         self.guest.verify()
+        gone, self.layers = self.layers[-2:], [*self.layers[:-2], (path, name)]
+        self.gone(gone)
+
+    def use_full(self, top, base):
+        """The guest goes on, and layers are streamed, on a top that finds no space now and then."""
+        stream = {'device': top, 'job_id': 'job', 'base_node': base, 'on_error': 'enospc'}
+        goal, stops, streaming = self.guest.operations + 300, 0, True
+        self.daemon.command('block-stream', **stream)
+        while streaming or self.guest.operations < goal:
+            self.guest.judge()
+            stops += self.go_on()
+            jobs = self.daemon.command('query-block-jobs')
+            if jobs and jobs[0]['status'] == 'paused':
+                stops += 1
+                self.daemon.ask('block-job-resume', device='job')
+            elif streaming and not jobs:
+                # It cannot wait where it is the new name of the backing file that finds no space.
+                streaming = 'error' in self.daemon.event('BLOCK_JOB_COMPLETED')['data']
+                if streaming:
+                    stops += 1
+                    self.daemon.command('block-stream', **stream)
+            time.sleep(0.005)
+        self.daemon.events.clear()
+        if not stops:
+            raise Failure('there was space all the time')
+
+    def go_on(self):
+        """Lets the machine go on if an error has stopped it; returns whether it has."""
+        stopped = self.daemon.command('query-status')['status'] == 'io-error'
+        if stopped:
+            self.daemon.command('cont')
+        return stopped
 
     def freeze(self):
         """Lets a mirror end as a copy of a moment."""
