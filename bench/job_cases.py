@@ -104,19 +104,25 @@ def timed(side, *words):
     return time.monotonic() - begin
 
 
+def job(side, nodes, command, until='BLOCK_JOB_COMPLETED', **arguments):
+    """Seconds of a job on the node `top`, from the command to an event."""
+    with Daemon(side) as daemon:
+        for name, image in nodes.items():
+            daemon.ask('blockdev-add', node_name=name, **node(side.driver, image))
+        begin = time.monotonic()
+        daemon.ask(command, device='top', job_id='job', **arguments)
+        data = daemon.wait(until)
+        if 'error' in data:
+            raise Crash(f'{command}: {data["error"]}')
+        return time.monotonic() - begin
+
+
 def streamed(side, chain):
     """Seconds of a block-stream of the whole chain into a new overlay."""
     path = chain.path('overlay.qcow2')
     empty_overlay(path, chain.disk, chain.top)
     try:
-        with Daemon(side) as daemon:
-            daemon.ask('blockdev-add', node_name='top', **node(side.driver, path))
-            begin = time.monotonic()
-            daemon.ask('block-stream', device='top', job_id='stream')
-            data = daemon.wait('BLOCK_JOB_COMPLETED')
-            if 'error' in data:
-                raise Crash(f'block-stream: {data["error"]}')
-            return time.monotonic() - begin
+        return job(side, {'top': path}, 'block-stream')
     finally:
         os.remove(path)
 
@@ -137,21 +143,12 @@ def stream(bench):
               samples['stream'], samples['flat'])
 
 
-def copied(side, command, chain):
+def copied(side, chain, *how):
     """Seconds until a job has copied all data of a chain to a new image."""
     path = chain.path('copy.qcow2')
     side.run('qemu-img', 'create', '-f', 'qcow2', path, str(chain.disk))
     try:
-        with Daemon(side) as daemon:
-            for name, image in (('top', chain.top), ('target', path)):
-                daemon.ask('blockdev-add', node_name=name, **node(side.driver, image))
-            begin = time.monotonic()
-            daemon.ask(command, device='top', target='target', job_id='copy', sync='full')
-            mirror = command == 'blockdev-mirror'
-            data = daemon.wait('BLOCK_JOB_READY' if mirror else 'BLOCK_JOB_COMPLETED')
-            if 'error' in data:
-                raise Crash(f'{command}: {data["error"]}')
-            return time.monotonic() - begin
+        return job(side, {'top': chain.top, 'target': path}, *how, target='target', sync='full')
     finally:
         os.remove(path)
 
@@ -159,11 +156,12 @@ def copied(side, command, chain):
 def copies(bench):
     """blockdev-mirror and blockdev-backup at depth 1000 beside depth 1."""
     flat, deep = bench.chains.spread(1), bench.chains.spread(1000)
-    for command in 'blockdev-mirror', 'blockdev-backup':
+    for how in ('blockdev-mirror', 'BLOCK_JOB_READY'), ('blockdev-backup', 'BLOCK_JOB_COMPLETED'):
+        command = how[0]
         samples = turns({
-            1000: lambda command=command: copied(bench.ours, command, deep),
-            1: lambda command=command: copied(bench.ours, command, flat),
-            'stock': lambda command=command: copied(bench.stock, command, flat)}, bench.rounds)
+            1000: lambda how=how: copied(bench.ours, deep, *how),
+            1: lambda how=how: copied(bench.ours, flat, *how),
+            'stock': lambda how=how: copied(bench.stock, flat, *how)}, bench.rounds)
         yield Row(f'{command}: depth 1000 against depth 1', 's', samples[1000], samples[1])
         yield Row(f'{command}, depth 1000: against unpatched with one image', 's',
                   samples[1000], samples['stock'])
