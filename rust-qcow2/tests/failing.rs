@@ -184,6 +184,10 @@ fn check(start: Start, ops: &[Op], last: Op, bad: usize) {
             after.iter().all(|byte| *byte == new),
             "not done, request {steps}"
         );
+        // The file fails once more while the image is left, and then it does not.
+        file.fail_some(0, 1);
+        let _ = image.inactivate();
+        file.fail_after(None);
         image.inactivate().unwrap();
         let leaks = sound(&image, steps);
         assert_eq!(leaks, 0, "leaks after a failure of request {steps}");

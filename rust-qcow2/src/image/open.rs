@@ -199,7 +199,7 @@ impl<H: Host> Image<H> {
                 self.host.report(&Error::with_errno(error.code(), what));
             })
         };
-        self.reclaim_all(&mut st)?;
+        let reclaimed = self.reclaim_all(&mut st);
         let slices = self
             .write_slices(&mut st)
             .and_then(|()| self.host.file().flush());
@@ -209,6 +209,10 @@ impl<H: Host> Image<H> {
             .and_then(|()| self.host.file().flush());
         let blocks = report(blocks, "Failed to flush the refcount block cache");
         slices.and(blocks)?;
+        if reclaimed.is_err() {
+            self.reclaim_all(&mut st)?;
+            self.write_back_all(&mut st)?;
+        }
         if self.is_writable() {
             self.mark_clean(&mut st)
         } else {
