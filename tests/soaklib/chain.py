@@ -53,10 +53,13 @@ class Chain:
         write_qcow2(path, self.soak.size, [], None, backing=backing, backing_format='qcow2' if backing else None,
                     cluster_size=self.soak.cluster)
 
-    def add(self, name, path, backing):
-        """A node for an image."""
+    def add(self, name, path, backing, **above):
+        """A node for an image; `above` are options of a node above its file, which is named then."""
+        file = {'driver': 'file', 'filename': path, 'discard': 'unmap'}
+        if above:
+            file = {'image': {**file, 'node-name': name + '-file'}, **above}
         self.daemon.command('blockdev-add', driver=self.soak.args.driver, node_name=name, backing=backing,
-                            discard='unmap', file={'driver': 'file', 'filename': path, 'discard': 'unmap'})
+                            discard='unmap', file=file)
 
     def gone(self, layers):
         """These have left the chain: no node, no file. Some are still the monitor's."""
@@ -214,20 +217,18 @@ class Chain:
         some again, and so does the job. The guest must not notice."""
         if len(self.layers) < 4:
             return
-        driver, (name, path) = self.soak.args.driver, self.name('f')
+        name, path = self.name('f')
         self.empty(path, self.layers[-1][0])
         events = ['none'] + [self.rng.choice(WRITES) for _ in range(9)]
-        self.daemon.command('blockdev-add', driver=driver, node_name=name, backing=None, discard='unmap', file={
-            'driver': 'blkdebug', 'node-name': name + '-full',
-            'image': {'driver': 'file', 'node-name': name + '-file', 'filename': path, 'discard': 'unmap'},
-            'inject-error': [{'event': event, 'iotype': 'write', 'errno': errno.ENOSPC, 'once': True}
-                             for event in events]})
+        rules = [{'event': event, 'iotype': 'write', 'errno': errno.ENOSPC, 'once': True} for event in events]
+        self.add(name, path, None, driver='blkdebug', **{'inject-error': rules})
         self.daemon.command('blockdev-snapshot', node=self.top, overlay=name)
         base = self.layers[-3]
         self.use_full(name, base[1])
         # There is enough from now on.
         self.daemon.command('blockdev-reopen', options=[{
-            'driver': driver, 'node-name': name, 'backing': base[1], 'discard': 'unmap', 'file': name + '-file'}])
+            'driver': self.soak.args.driver, 'node-name': name, 'backing': base[1], 'discard': 'unmap',
+            'file': name + '-file'}])
         self.go_on()
         self.guest.verify()
         gone, self.layers = self.layers[-2:], [*self.layers[:-2], (path, name)]

@@ -13,8 +13,8 @@ use crate::host::{Event, File, Host};
 use crate::units::{ClusterIndex, HostOffset, div_up};
 
 /// How many bytes of the guest's disk may wait as in
-/// [`Image::free_replaced`] before somebody flushes.
-const MAX_REPLACED: u64 = 32 << 20;
+/// [`Image::free_unfreed`] before somebody flushes.
+const MAX_UNFREED: u64 = 32 << 20;
 
 /// How long they wait at most before an allocation flushes: a file that grows
 /// costs more than so few flushes.
@@ -140,17 +140,13 @@ impl<H: Host> Image<H> {
     /// Lowers refcounts. Where they are damaged the user is told, and the
     /// clusters stay allocated: that costs space, and no data.
     fn free_now(&self, st: &mut StateGuard<'_, H>, offset: HostOffset, len: u64, reason: Reason) {
-        let waiting = self.settle_pointer(st).and_then(|()| {
-            if self.l2.is_clean() {
-                Ok(())
-            } else {
-                self.refcounts_wait_for_l2(st)
-            }
-        });
+        let waiting = self
+            .settle_pointer(st)
+            .and_then(|()| self.refcounts_wait_for_l2(st));
         if waiting.is_err() && !self.is_broken() {
             // What keeps tables from being written is told when they should be;
             // nothing has changed, so this can be tried again.
-            st.refcounts.replaced.push(Freed {
+            st.refcounts.unfreed.push(Freed {
                 offset,
                 len,
                 reason,
@@ -178,12 +174,11 @@ impl<H: Host> Image<H> {
 
     /// Frees what waited for requests that have left meanwhile.
     pub(super) fn reclaim(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        let most = (MAX_REPLACED >> self.geometry.cluster_bits).max(16);
-        let replaced = st.refcounts.replaced.len() as u64;
+        let most = (MAX_UNFREED >> self.geometry.cluster_bits).max(16);
+        let unfreed = st.refcounts.unfreed.len() as u64;
         let long_ago = |at: Instant| at.elapsed() >= MAX_WAIT;
-        if replaced > most || replaced > 0 && st.refcounts.flushed_for_replaced.is_none_or(long_ago)
-        {
-            self.free_replaced(st)?;
+        if unfreed > most || unfreed > 0 && st.refcounts.flushed_for_unfreed.is_none_or(long_ago) {
+            self.free_unfreed(st)?;
         }
         if self.inflight.is_empty() {
             return self.pass_discards(st);
@@ -200,7 +195,7 @@ impl<H: Host> Image<H> {
         self.settle_pointer(st)?;
         // What cannot be freed there waits: the next one frees it, or fails.
         self.reclaim(st)?;
-        self.free_replaced(st)?;
+        self.free_unfreed(st)?;
         self.pass_all_discards(st)
     }
 
@@ -209,14 +204,14 @@ impl<H: Host> Image<H> {
     /// compressed data they are not given to anybody: after a crash they are the
     /// only copy of what a partial write left alone, and other bytes in their
     /// place could not be decompressed.
-    fn free_replaced(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
-        if st.refcounts.replaced.is_empty() {
+    fn free_unfreed(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if st.refcounts.unfreed.is_empty() {
             return Ok(());
         }
         self.write_slices(st)?;
         self.host.file().flush()?;
-        st.refcounts.flushed_for_replaced = Some(Instant::now());
-        for freed in std::mem::take(&mut st.refcounts.replaced) {
+        st.refcounts.flushed_for_unfreed = Some(Instant::now());
+        for freed in std::mem::take(&mut st.refcounts.unfreed) {
             self.free_data(st, freed.offset, freed.len, freed.reason);
         }
         Ok(())

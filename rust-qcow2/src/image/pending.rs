@@ -221,7 +221,7 @@ impl<H: Host> Image<H> {
                     len,
                     reason,
                 };
-                st.refcounts.replaced.push(freed);
+                st.refcounts.unfreed.push(freed);
             }
             Mapping::Unallocated | Mapping::ZeroPlain => {}
         }

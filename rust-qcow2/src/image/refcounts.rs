@@ -101,9 +101,9 @@ pub(super) struct Refcounts<H: Host> {
     pub(super) space: Space,
     /// What could not be given back yet: compressed data that the tables on disk
     /// may still refer to, and clusters whose turn came while the file failed.
-    pub(super) replaced: Vec<Freed>,
+    pub(super) unfreed: Vec<Freed>,
     /// When the file was last flushed for the sake of those.
-    pub(super) flushed_for_replaced: Option<Instant>,
+    pub(super) flushed_for_unfreed: Option<Instant>,
 }
 
 impl<H: Host> Refcounts<H> {
@@ -118,8 +118,8 @@ impl<H: Host> Refcounts<H> {
             free_hint: 0,
             packed_end: None,
             space: Space::default(),
-            replaced: Vec::new(),
-            flushed_for_replaced: None,
+            unfreed: Vec::new(),
+            flushed_for_unfreed: None,
         }
     }
 
@@ -402,7 +402,7 @@ impl<H: Host> Image<H> {
         self.host.event(Event::RefblockLoad);
         let first = self.geometry.cluster_of(offset).0;
         let last = self.geometry.cluster_of(offset.add(len - 1)).0;
-        if matches!(change, Change::Sub(_)) && !self.l2.is_clean() {
+        if matches!(change, Change::Sub(_)) {
             self.refcounts_wait_for_l2(st)?;
         }
         if matches!(change, Change::Add(_)) {

@@ -223,7 +223,7 @@ impl<H: Host> Image<H> {
             return Ok(None);
         };
         self.ensure_usable()?;
-        if !st.refcounts.replaced.is_empty() {
+        if !st.refcounts.unfreed.is_empty() {
             // What this request is counted in for it could not use itself.
             self.reclaim(st)?;
         }

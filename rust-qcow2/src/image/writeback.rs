@@ -65,8 +65,11 @@ impl<H: Host> Image<H> {
     }
 
     /// From now on no refcount block is written before the L2 slices as they
-    /// are now.
+    /// are now, if any of them has changed.
     pub(super) fn refcounts_wait_for_l2(&self, st: &mut StateGuard<'_, H>) -> Result<()> {
+        if self.l2.is_clean() {
+            return Ok(());
+        }
         if st.order.l2_after_refcounts {
             self.settle_l2(st)?;
         }
