@@ -1,6 +1,6 @@
 //! What QEMU is to an image: [`rust_qcow2::host::Host`] over a block node.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_int, c_ulong};
 use std::io::Write as _;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -226,7 +226,8 @@ impl Host for Qemu {
     #[inline]
     fn generation(&self) -> u64 {
         // SAFETY: reads a counter.
-        unsafe { sys::bdrv_graph_generation() }
+        let generation: c_ulong = unsafe { sys::bdrv_graph_generation() };
+        generation as u64 // A pointer's width.
     }
 
     fn aligned(&self, len: usize) -> Result<Aligned> {
