@@ -39,14 +39,14 @@ use crate::cache::pool::{Evicted, Member, Pool};
 use crate::host::Host;
 use crate::units::{GuestOffset, div_up};
 
-/// log2 of the entries in a slice.
-pub(super) const SLICE_BITS: u32 = 9;
+/// log2 of the entries in a slice; few where each of them takes long.
+pub(super) const SLICE_BITS: u32 = if cfg!(miri) { 3 } else { 9 };
 /// Entries in a slice.
 pub(super) const SLICE_ENTRIES: usize = 1 << SLICE_BITS;
 /// Bytes of memory that a slice takes.
 pub(crate) const SLICE_BYTES: usize = SLICE_ENTRIES * 8 + 64;
 /// log2 of the slots in a page of the slice table.
-const PAGE_BITS: u32 = 9;
+const PAGE_BITS: u32 = if cfg!(miri) { 1 } else { 9 };
 /// Pages of an index at most: 24 bytes each. With one layer of 512-byte clusters
 /// on top of which the disk is larger than 128 TiB, or than 1 PiB with 4 KiB, there
 /// is none, and each read asks one layer after the other.

@@ -15,6 +15,8 @@
 
 mod entry;
 mod fill;
+#[cfg(test)]
+mod handover;
 pub(crate) mod index;
 pub mod stats;
 pub mod status;

@@ -104,7 +104,7 @@ impl<H: Host> Default for Links<H> {
 }
 
 impl<H: Host> Links<H> {
-    fn add_watcher(&self, index: &Arc<Index<H>>, number: usize) {
+    pub(super) fn add_watcher(&self, index: &Arc<Index<H>>, number: usize) {
         let mut watchers = self.watchers.write();
         watchers.retain(|(known, _)| {
             known.strong_count() > 0 && !ptr::eq(known.as_ptr(), Arc::as_ptr(index))

@@ -264,7 +264,7 @@ pub(super) struct Known {
 impl Known {
     /// Whether a run of data has not changed, now that its layer is held.
     #[inline]
-    fn is_still_true(&self, bits: u32) -> bool {
+    pub(super) fn is_still_true(&self, bits: u32) -> bool {
         self.slice.as_ref().is_some_and(|slice| {
             let same = |i| slice.get(self.at + i) == self.first.plus((i as u64) << bits);
             slice.is_valid() && (0..self.count).all(same)

@@ -8,6 +8,11 @@
 //! requests are counted in stays in a waiting room until all of those have
 //! left.
 //!
+//! One side counts itself in and then looks into the tables, the other changes
+//! the tables and then looks at the counters: all four are sequentially
+//! consistent operations, or each side could miss what the other did first.
+//! `handover` tests that.
+//!
 //! Two counters alternate, as in read-copy-update: new requests count in the
 //! current epoch, and what was freed in an epoch is released when the requests
 //! of that epoch and of the one before have left, however many came since.
@@ -25,7 +30,7 @@ use crate::units::HostOffset;
 /// Counts requests and keeps clusters waiting for them.
 #[derive(Default)]
 #[repr(C)]
-pub(super) struct InFlight {
+pub(crate) struct InFlight {
     epoch: AtomicU64,
     waiting: Mutex<Waiting>,
     /// Spread over threads, as each request changes them.
@@ -105,7 +110,7 @@ impl InFlight {
 
     /// Counts a request in.
     #[inline]
-    pub(super) fn enter(&self) -> Token<'_> {
+    pub(crate) fn enter(&self) -> Token<'_> {
         let (shard, epoch) = self.count_in();
         Token(&self.active[shard].0[epoch])
     }
@@ -133,7 +138,7 @@ impl InFlight {
     }
 
     /// Whether no request is counted in.
-    pub(super) fn is_unused(&self) -> bool {
+    pub(crate) fn is_unused(&self) -> bool {
         self.is_idle(0) && self.is_idle(1)
     }
 

@@ -13,6 +13,9 @@ use crate::format::entry::L1Entry;
 /// as a whole when it becomes longer or shorter. A layer of a long chain often
 /// has few L2 tables, and nobody changes it: its table is kept as a list of
 /// the entries that are not empty.
+///
+/// Entries are loaded and stored in the one order that all threads agree on, as
+/// those of L2 slices are: [`inflight`](super::inflight) says why.
 pub(super) struct L1Table(ArcSwap<Table>);
 
 enum Table {
@@ -43,7 +46,7 @@ impl Table {
             Self::Full(entries) => {
                 let index = usize::try_from(index).ok();
                 let entry = index.and_then(|index| entries.get(index));
-                entry.map_or(0, |entry| entry.load(Ordering::Acquire))
+                entry.map_or(0, |entry| entry.load(Ordering::SeqCst))
             }
             Self::Sparse { entries, .. } => {
                 let at = entries.binary_search_by_key(&index, |(index, _)| u64::from(*index));
@@ -73,7 +76,7 @@ impl L1Table {
     pub(super) fn set(&self, index: u64, entry: L1Entry) {
         self.make_changeable();
         if let Table::Full(entries) = &**self.0.load() {
-            entries[index as usize].store(entry.0, Ordering::Release);
+            entries[index as usize].store(entry.0, Ordering::SeqCst);
         }
     }
 

@@ -32,6 +32,8 @@ pub mod create;
 mod crypt;
 mod data;
 mod empty;
+#[cfg(test)]
+pub(crate) mod handover;
 mod header_update;
 mod inflight;
 mod l1;
