@@ -39,7 +39,7 @@ fn move_below_an_index(disturb: impl Fn(&Index<LocalHost>) + Sync) {
     let table = AtomicU64::new(0);
     let index = Index::<LocalHost>::new(BITS, END, 1, &Pool::new(1 << 20));
     move_while_reading(
-        ROUNDS / 5,
+        ROUNDS / 3,
         |at| {
             disturb(&index);
             table.store(at.0, Ordering::SeqCst);
@@ -87,7 +87,7 @@ fn a_cluster_moves_while_slices_are_dropped() {
 /// A layer tells nobody what it changes until somebody has looked it up.
 #[test]
 fn a_cluster_moves_as_an_index_begins() {
-    for round in 0..(ROUNDS / 10).min(1000) {
+    for round in 0..(ROUNDS / 5).min(1000) {
         let table = AtomicU64::new(1 << BITS);
         let reused = AtomicBool::new(false);
         let filled = AtomicBool::new(false);

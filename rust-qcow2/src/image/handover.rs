@@ -13,14 +13,15 @@ use super::refcounts::Reason;
 use crate::units::HostOffset;
 
 /// Reads of each reader, where they are short.
-pub(crate) const ROUNDS: usize = if cfg!(miri) { 200 } else { 200_000 };
+pub(crate) const ROUNDS: usize = if cfg!(miri) { 60 } else { 200_000 };
 /// log2 of the cluster size.
 const BITS: u32 = 16;
 
-/// Lets other threads do as much as they do in a round.
+/// Lets other threads do as much as they do in a round, which Miri else seldom
+/// does.
 pub(crate) fn linger() {
-    for _ in 0..if cfg!(miri) { 40 } else { 1 } {
-        std::thread::yield_now();
+    if cfg!(miri) {
+        (0..40).for_each(|_| std::thread::yield_now());
     }
 }
 
@@ -47,6 +48,7 @@ pub(crate) fn move_while_reading(
     let inflight = InFlight::default();
     let stop = AtomicBool::new(false);
     let read = || {
+        linger();
         if let Some((token, at)) = find(&inflight) {
             assert!(ours[number(at)].load(Ordering::Relaxed), "at {at:?}");
             drop(token);
