@@ -101,3 +101,16 @@ prune() {
 
 # Where rustup puts cargo, for shells that do not know it yet.
 case ":$PATH:" in *":$HOME/.cargo/bin:"*) ;; *) PATH=$HOME/.cargo/bin:$PATH ;; esac
+
+# What runs cargo with Miri, which a toolchain beside the usual one may have;
+# fails where none has.
+miri_cargo() {
+    local try
+    for try in cargo 'cargo +nightly'; do
+        if $try miri --version >/dev/null 2>&1; then
+            echo "$try"
+            return
+        fi
+    done
+    return 1
+}

@@ -39,7 +39,7 @@ use crate::cache::pool::{Evicted, Member, Pool};
 use crate::host::Host;
 use crate::units::{GuestOffset, div_up};
 
-/// log2 of the entries in a slice; few where each of them takes long.
+/// log2 of the entries in a slice; few under Miri, where each takes long.
 pub(super) const SLICE_BITS: u32 = if cfg!(miri) { 3 } else { 9 };
 /// Entries in a slice.
 pub(super) const SLICE_ENTRIES: usize = 1 << SLICE_BITS;

@@ -68,27 +68,26 @@ pub(crate) fn move_while_reading(
         let mut now = HostOffset(1 << BITS);
         let mut free = vec![HostOffset(2 << BITS), HostOffset(3 << BITS)];
         while !stop.load(Ordering::Relaxed) {
-            let Some(next) = free.pop() else {
-                free.extend(inflight.released().iter().map(|freed| freed.offset));
-                std::thread::yield_now();
-                continue;
-            };
-            ours[number(next)].store(true, Ordering::Relaxed);
-            set(next);
-            let freed = Freed {
-                offset: now,
-                len: 1 << BITS,
-                reason: Reason::Other,
-            };
             let mut reusable = inflight.released();
-            if !inflight.must_wait(freed) {
-                reusable.push(freed);
+            if let Some(next) = free.pop() {
+                ours[number(next)].store(true, Ordering::Relaxed);
+                set(next);
+                let freed = Freed {
+                    offset: now,
+                    len: 1 << BITS,
+                    reason: Reason::Other,
+                };
+                if !inflight.must_wait(freed) {
+                    reusable.push(freed);
+                }
+                now = next;
+            } else {
+                std::thread::yield_now();
             }
             for freed in reusable {
                 ours[number(freed.offset)].store(false, Ordering::Relaxed);
                 free.push(freed.offset);
             }
-            now = next;
         }
     });
 }
@@ -101,12 +100,11 @@ mod tests {
     use crate::format::entry::{L1Entry, L2Entry, Mapping};
     use crate::format::subclusters::{ClusterEntry, Subclusters};
 
-    #[test]
-    fn an_l2_table_moves() {
+    fn a_table_moves(set: impl Fn(&L1Table, L1Entry)) {
         let table = L1Table::new([0; 2]);
         move_while_reading(
             ROUNDS,
-            |at| table.set(1, L1Entry::owned(at)),
+            |at| set(&table, L1Entry::owned(at)),
             |inflight| {
                 let token = inflight.enter();
                 Some((token, table.get(1).table()?))
@@ -115,16 +113,13 @@ mod tests {
     }
 
     #[test]
+    fn an_l2_table_moves() {
+        a_table_moves(|table, entry| table.set(1, entry));
+    }
+
+    #[test]
     fn an_l1_table_is_replaced() {
-        let table = L1Table::new([0; 2]);
-        move_while_reading(
-            ROUNDS,
-            |at| table.replace([0, L1Entry::owned(at).0]),
-            |inflight| {
-                let token = inflight.enter();
-                Some((token, table.get(1).table()?))
-            },
-        );
+        a_table_moves(|table, entry| table.replace([0, entry.0]));
     }
 
     fn a_cluster_moves(extended: bool) {
